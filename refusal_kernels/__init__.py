@@ -1,0 +1,32 @@
+"""refusal_kernels: fused kernels for TopK sparse autoencoders.
+
+    import refusal_kernels as rk
+    values, indices = rk.topk_encode(x, W_enc, b_enc, k, b_dec)
+    x_hat = rk.sparse_decode(values, indices, W_dec, b_dec)
+
+Importing this package needs torch alone; Triton and the compiled extension are loaded by the first call that uses them, and
+`refusal_kernels.python_api` (SAE, capture, training, command line) by those who import it.
+"""
+
+from .backends import BackendError, last_backend, use_backend
+from .ops.sparse_decode import sparse_decode
+from .ops.topk_encode import topk_encode
+from .training.auxk import aux_k_loss
+from .training.dead import DeadLatents
+from .training.optimizer import SAEAdam
+from .training.step import SAEStepOutput, sae_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "DeadLatents",
+    "SAEAdam",
+    "SAEStepOutput",
+    "aux_k_loss",
+    "last_backend",
+    "sae_step",
+    "sparse_decode",
+    "topk_encode",
+    "use_backend",
+]

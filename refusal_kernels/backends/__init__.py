@@ -1,0 +1,139 @@
+"""Which implementation runs: a priority list per device, explicit requests that never fall back, and a record of what ran.
+
+Precedence: the operator's `backend=` argument, then `use_backend(...)`, then the environment variable
+`REFUSAL_KERNELS_BACKEND`, then `"auto"`. An explicit request that cannot run raises `BackendError` with every back-end's
+reasons. `"auto"` takes the first back-end of the device's priority list that has no reason against the request, and warns once
+per operator when that is the plain PyTorch reference on a CUDA tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from .base import Backend, BackendError, Request
+from .cpu import CpuBackend
+from .cuda import CudaBackend
+from .reference import ReferenceBackend
+from .triton import TritonBackend
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "OPERATORS",
+    "Backend",
+    "BackendError",
+    "Request",
+    "last_backend",
+    "registry",
+    "requested_backend",
+    "select",
+    "use_backend",
+]
+
+ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend(), TritonBackend(), CudaBackend())}
+
+# What `auto` tries, best first. The CUDA C++ kernels are asked for by name only until a measurement on a GPU is committed
+# that shows them correct and faster.
+PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+OTHER_DEVICES = ("reference",)
+
+# The operators people call, each with the primitives a back-end needs for it (forward and backward).
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "topk_encode": ("topk_encode", "topk_encode_backward"),
+    "sparse_decode": ("sparse_decode", "sparse_decode_backward"),
+    "sae_step": ("topk_encode", "decode_residual", "sae_backward"),
+    "sae_adam": ("adam_rows",),
+}
+
+_requested: ContextVar[str | None] = ContextVar("refusal_kernels_backend", default=None)
+_last: dict[str, str] = {}
+_warned: set[str] = set()
+
+
+def _check_name(name: Any, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join((*BACKENDS, 'auto'))}; got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every operator of the block on one back-end: "reference", "cpu", "triton", "cuda", or "auto" to choose.
+
+    Backward passes use the back-end their forward pass was given, also after the block. Local to the thread or task.
+    Raises ValueError for an unknown name; the operators raise BackendError when the back-end cannot run them.
+    """
+    token = _requested.set(_check_name(name, "use_backend: name"))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def last_backend(op: str) -> str | None:
+    """The back-end that ran the last call of an operator in this process ("topk_encode", "sparse_decode", "sae_step",
+    "sae_adam", and "topk_encode_backward", "sparse_decode_backward" for the backward passes); None before the first call."""
+    known = set(OPERATORS) | {"topk_encode_backward", "sparse_decode_backward"}
+    if op not in known:
+        raise ValueError(f"last_backend: op must be one of {', '.join(sorted(known))}; got {op!r}")
+    return _last.get(op)
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """The explicit request in force for an operator called with `backend=`; None means "auto"."""
+    if backend is not None:
+        name = _check_name(backend, "backend")
+    elif (inherited := _requested.get()) is not None:
+        name = inherited
+    elif from_environment := os.environ.get(ENVIRONMENT_VARIABLE):
+        name = _check_name(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    else:
+        return None
+    return None if name == "auto" else name
+
+
+def select(op: str, request: Request, backend: str | None, record_as: str | None = None) -> Backend:
+    """The back-end that runs `op` for `request`; `backend` as returned by `requested_backend`. Records it for last_backend."""
+    if backend is not None:
+        chosen = BACKENDS[backend]
+        if chosen.not_supported_reasons(op, request):
+            raise BackendError(_refusal(op, request, backend))
+    else:
+        candidates = PRIORITY.get(request.device_type, OTHER_DEVICES)
+        for name in candidates:
+            chosen = BACKENDS[name]
+            if not chosen.not_supported_reasons(op, request):
+                break
+        else:
+            raise BackendError(_refusal(op, request, None))
+        if chosen.name == "reference" and request.device_type == "cuda" and op not in _warned:
+            _warned.add(op)
+            reasons = "; ".join(BACKENDS["triton"].not_supported_reasons(op, request))
+            warnings.warn(
+                f"{op} runs on the plain PyTorch reference on a CUDA device, which is slow and allocates [N, F]: {reasons}",
+                stacklevel=3,
+            )
+    _last[record_as or op] = chosen.name
+    return chosen
+
+
+def _refusal(op: str, request: Request, backend: str | None) -> str:
+    lines = [f"No back-end can run {op} as asked." if backend is None else f"The back-end {backend!r} cannot run {op}."]
+    lines.append(f"  inputs: {request}")
+    for name, candidate in BACKENDS.items():
+        reasons = candidate.not_supported_reasons(op, request)
+        lines.append(f"  {name}: " + ("supported" if not reasons else "; ".join(reasons)))
+    lines.append("  Choose a supported back-end, or leave the choice to backend='auto'.")
+    return "\n".join(lines)
+
+
+def registry() -> dict[str, dict[str, Backend]]:
+    """{operator: {back-end name: back-end}}; ask `.not_supported_reasons(operator, Request(...))` what it can run here."""
+    return {op: dict(BACKENDS) for op in OPERATORS}

@@ -1,0 +1,60 @@
+"""What a back-end is: a name, the primitives it has, and reasons why it cannot run a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested back-end cannot run the operator; the message lists every back-end with its reasons."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a back-end is asked for: device type, the dtype of the rows, and the sizes that matter (0: not known)."""
+
+    device_type: str
+    dtype: torch.dtype
+    n_latents: int = 0
+    d: int = 0
+    k: int = 0
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{n} = {v}" for n, v in (("F", self.n_latents), ("d", self.d), ("k", self.k)) if v)
+        return f"device {self.device_type}, dtype {self.dtype}" + (f", {sizes}" if sizes else "")
+
+
+class Backend:
+    """Base of all back-ends. The primitives are methods with the signatures of `refusal_kernels.reference`; they take
+    contiguous 2-D tensors on one device, checked by the caller, and know nothing of autograd."""
+
+    name: str = ""
+    device_types: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    def unavailable_reason(self) -> str | None:
+        """Why this back-end cannot run anything in this process, or None."""
+        raise NotImplementedError(f"{type(self).__name__} must say whether it is available")
+
+    def primitive(self, name: str) -> Any | None:
+        """The callable of a primitive, or None where this back-end has none."""
+        return getattr(self, name, None)
+
+    def not_supported_reasons(self, op: str, request: Request) -> list[str]:
+        """Every reason why `op` cannot run here for `request`; empty when it can."""
+        from . import OPERATORS
+
+        reasons = []
+        if (unavailable := self.unavailable_reason()) is not None:
+            reasons.append(unavailable)
+        if missing := [p for p in OPERATORS[op] if self.primitive(p) is None]:
+            reasons.append(f"has no kernel for {', '.join(missing)}")
+        if request.device_type not in self.device_types:
+            reasons.append(f"runs on {' and '.join(self.device_types)} tensors, not on {request.device_type}")
+        if request.dtype not in self.dtypes:
+            known = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            reasons.append(f"takes {known}, not {str(request.dtype).removeprefix('torch.')}")
+        return reasons

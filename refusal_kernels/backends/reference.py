@@ -1,0 +1,27 @@
+"""The plain PyTorch back-end: every primitive, every device, every float dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from .base import Backend, Request
+
+
+class ReferenceBackend(Backend):
+    name = "reference"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    topk_encode = staticmethod(reference.topk_encode)
+    topk_encode_backward = staticmethod(reference.topk_encode_backward)
+    sparse_decode = staticmethod(reference.sparse_decode)
+    sparse_decode_backward = staticmethod(reference.sparse_decode_backward)
+    decode_residual = staticmethod(reference.decode_residual)
+    sae_backward = staticmethod(reference.sae_backward)
+    adam_rows = staticmethod(reference.adam_rows)
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def not_supported_reasons(self, op: str, request: Request) -> list[str]:
+        return []

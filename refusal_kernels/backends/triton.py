@@ -1,0 +1,60 @@
+"""The Triton back-end: CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, set before the first call)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+from .base import Backend, Request
+
+_MODULES = {
+    "topk_encode": "encode",
+    "sparse_decode": "decode",
+    "decode_residual": "decode",
+    "sparse_decode_backward": "backward",
+    "topk_encode_backward": "backward",
+    "sae_backward": "backward",
+    "adam_rows": "adam",
+}
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on, in which kernels run on CPU tensors (slowly, for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _primitive(name: str) -> Any:
+    module = importlib.import_module(f"refusal_kernels.triton_kernels.{_MODULES[name]}")
+    return getattr(module, name)
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    device_types = ("cuda",)
+
+    def unavailable_reason(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed; run: pip install triton"
+        return None
+
+    def primitive(self, name: str) -> Any | None:
+        return getattr(self, name) if name in _MODULES else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"the triton back-end has no primitive {name!r}")
+        return _primitive(name)
+
+    def not_supported_reasons(self, op: str, request: Request) -> list[str]:
+        if (unavailable := self.unavailable_reason()) is not None:
+            return [unavailable]
+        if interpreted() and request.device_type == "cpu":
+            request = Request("cuda", request.dtype, request.n_latents, request.d, request.k)
+        reasons = super().not_supported_reasons(op, request)
+        if request.device_type == "cpu" and not interpreted():
+            reasons.append("its interpreter for CPU tensors is off (set TRITON_INTERPRET=1 before Python starts)")
+        return reasons

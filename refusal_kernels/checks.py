@@ -1,0 +1,140 @@
+"""Argument checks shared by every operator: one clear error that names the argument, the expectation and what came.
+
+They run on the host, look at shapes, dtypes and devices only (never at values, which would synchronise a GPU), and cost a few
+microseconds. Wrong values in a tensor are the business of the operator that reads them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def describe(value: Any) -> str:
+    """How an argument is named in an error: shape, dtype and device of a tensor, the type and repr of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, dtype {value.dtype}, device {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...], min_dim: int = 0) -> None:
+    """`value` is a strided tensor of one of `dtypes` with at least `min_dim` dimensions."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor; got {describe(value)}")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: {name} must have one of the dtypes {expected}; got {describe(value)}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: {name} must be a dense (strided) tensor; got layout {value.layout}")
+    if value.dim() < min_dim:
+        raise ValueError(f"{op}: {name} must have at least {min_dim} dimension(s); got {describe(value)}")
+
+
+def check_shape(op: str, name: str, value: torch.Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    """`value.shape == expected`; `meaning` says in words where the expectation comes from, e.g. "[F, d]"."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {tuple(expected)}; got {tuple(value.shape)}")
+
+
+def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """All tensors lie on one device; the first named one sets it."""
+    first: tuple[str, torch.device] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first = (name, tensor.device)
+        elif tensor.device != first[1]:
+            raise ValueError(
+                f"{op}: all tensors must be on one device; {first[0]} is on {first[1]}, {name} is on {tensor.device}"
+            )
+
+
+def check_k(op: str, k: Any, n_latents: int, name: str = "k", meaning: str = "F = W_enc.shape[0]") -> int:
+    """`k` as a plain int with 1 <= k <= F."""
+    if isinstance(k, bool) or isinstance(k, (float, torch.Tensor)):
+        raise TypeError(f"{op}: {name} must be an integer; got {describe(k)}")
+    try:
+        k = operator.index(k)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer; got {describe(k)}") from None
+    if k < 1:
+        raise ValueError(f"{op}: {name} must be at least 1; got {name} = {k}")
+    if k > n_latents:
+        raise ValueError(f"{op}: {name} must be at most {meaning} = {n_latents}; got {name} = {k}")
+    return k
+
+
+def check_encoder(
+    op: str, x: Any, W_enc: Any, b_enc: Any, b_dec: Any, *, x_name: str = "x"
+) -> tuple[int, int]:
+    """Checks x [..., d], W_enc [F, d], b_enc [F] and b_dec [d] or None; returns (F, d)."""
+    check_tensor(op, x_name, x, FLOAT_DTYPES, min_dim=1)
+    check_tensor(op, "W_enc", W_enc, FLOAT_DTYPES)
+    check_tensor(op, "b_enc", b_enc, FLOAT_DTYPES)
+    if W_enc.dim() != 2 or 0 in W_enc.shape:
+        raise ValueError(f"{op}: W_enc must be a non-empty matrix [F, d]; got {describe(W_enc)}")
+    n_latents, d = W_enc.shape
+    if x.shape[-1] != d:
+        raise ValueError(
+            f"{op}: the last dimension of {x_name} must be d = W_enc.shape[1] = {d}; got {x_name} of shape {tuple(x.shape)}"
+        )
+    check_shape(op, "b_enc", b_enc, (n_latents,), "[F]")
+    if b_dec is not None:
+        check_tensor(op, "b_dec", b_dec, FLOAT_DTYPES)
+        check_shape(op, "b_dec", b_dec, (d,), "[d]")
+    check_same_device(op, **{x_name: x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec})
+    return n_latents, d
+
+
+def check_decoder(op: str, values: Any, indices: Any, W_dec: Any, b_dec: Any) -> tuple[int, int]:
+    """Checks values [..., k], indices [..., k], W_dec [F, d] and b_dec [d] or None; returns (F, d)."""
+    check_tensor(op, "values", values, FLOAT_DTYPES, min_dim=1)
+    check_tensor(op, "indices", indices, INDEX_DTYPES, min_dim=1)
+    check_tensor(op, "W_dec", W_dec, FLOAT_DTYPES)
+    if W_dec.dim() != 2 or 0 in W_dec.shape:
+        raise ValueError(f"{op}: W_dec must be a non-empty matrix [F, d]; got {describe(W_dec)}")
+    if tuple(indices.shape) != tuple(values.shape):
+        raise ValueError(
+            f"{op}: indices must have the shape of values = {tuple(values.shape)}; got {tuple(indices.shape)}"
+        )
+    n_latents, d = W_dec.shape
+    if b_dec is not None:
+        check_tensor(op, "b_dec", b_dec, FLOAT_DTYPES)
+        check_shape(op, "b_dec", b_dec, (d,), "[d]")
+    check_same_device(op, values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
+    return n_latents, d
+
+
+def check_index_range(op: str, indices: torch.Tensor, n_latents: int) -> None:
+    """Every index is in [0, F). Reads the values, so it runs on the CPU only: a GPU would have to be waited for."""
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(indices))
+    if low < 0 or high >= n_latents:
+        raise ValueError(
+            f"{op}: indices must lie in [0, F) with F = W_dec.shape[0] = {n_latents}; got values from {low} to {high}"
+        )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are accumulated in: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of a matrix product's operands: the promoted dtype, or under autocast the autocast dtype (never for fp64).
+
+    The rule of torch.nn.functional.linear under `torch.autocast`, plus promotion where linear would refuse mixed dtypes.
+    """
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return dtype

@@ -1,0 +1,1 @@
+"""The public operators: checks, autograd and registration. One file per operator."""

@@ -1,0 +1,41 @@
+"""The torch.library namespace of the operators: schema, shape function, and the implementation that picks a back-end.
+
+One operator per mathematical contract. The back-end is chosen inside the implementation, on real tensors, so a compiled graph
+holds `refusal_kernels::topk_encode` and not a choice made while tracing. Autograd lives outside, in the public functions: these
+raw operators give no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from ..backends import Backend, requested_backend, select
+from ..backends.base import Request
+
+LIBRARY = torch.library.Library("refusal_kernels", "DEF")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers one operator for every device and returns its bound overload."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"refusal_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.refusal_kernels, name).default
+
+
+def pick(op: str, rows: torch.Tensor, k: int, n_latents: int, backend: str | None, record_as: str | None = None) -> Backend:
+    """The back-end for an operator whose row tensors look like `rows` [N, d]."""
+    request = Request(rows.device.type, rows.dtype, n_latents=n_latents, d=rows.shape[-1], k=k)
+    return select(op, request, requested_backend(backend), record_as)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operand dtypes were settled by the public function; products inside an implementation must not be cast again."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

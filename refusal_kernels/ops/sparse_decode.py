@@ -1,0 +1,132 @@
+"""sparse_decode: the decoder of a sparse autoencoder from k values and indices per row, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import requested_backend
+from ..checks import check_decoder, compute_dtype, matmul_dtype
+from .library import define, pick, without_autocast
+
+
+def sparse_decode(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Weighted sum of k decoder rows per token, without a dense code.
+
+    Equivalent to::
+
+        x_hat = (values[..., None] * W_dec[indices]).sum(-2) + b_dec          # accumulated in fp32 (fp64 for fp64)
+
+    Args:
+        values: [..., k], any sign, fp32, bf16, fp16 (fp64 on the reference and CPU back-ends); may be empty.
+        indices: [..., k] int64 or int32 in [0, F); duplicates add up. Checked on the CPU; on a GPU, where a check would stop
+            the stream, an index outside [0, F) is undefined behaviour.
+        W_dec: [F, d], one row per latent. Mixed dtypes of values and W_dec are promoted; under autocast both take the
+            autocast dtype.
+        b_dec: [d] or None.
+        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
+
+    Returns:
+        x_hat [..., d] in the (promoted) dtype of values and W_dec. Differentiable in values, W_dec and b_dec.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
+        BackendError: an explicitly requested back-end cannot run this.
+
+    Source: Gao et al., arXiv 2406.04093, section 2.1.
+    """
+    _, d = check_decoder("sparse_decode", values, indices, W_dec, b_dec)
+    dtype = matmul_dtype(values.device.type, values.dtype, W_dec.dtype)
+    if not torch.compiler.is_compiling():
+        backend = requested_backend(backend)
+    k = values.shape[-1]
+    n_rows = values.shape[:-1].numel()  # reshape(-1, 0) could not tell the number of rows
+    x_hat = _SparseDecode.apply(
+        values.reshape(n_rows, k).to(dtype), indices.reshape(n_rows, k), W_dec.to(dtype), b_dec, backend
+    )
+    return x_hat.reshape(*values.shape[:-1], d)
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None
+    ) -> Tensor:
+        x_hat = _sparse_decode(values, indices, W_dec, b_dec, backend)
+        ctx.save_for_backward(values, indices, W_dec)
+        ctx.b_dec_dtype, ctx.backend = None if b_dec is None else b_dec.dtype, backend
+        return x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        values, indices, W_dec = ctx.saved_tensors
+        need_values, _, need_W, need_b_dec = ctx.needs_input_grad[:4]
+        dvalues = dW_dec = None
+        if need_values or need_W:
+            dvalues, dW_dec = _sparse_decode_backward(
+                grad, values, indices, W_dec, need_values, need_W, ctx.backend
+            )
+        db_dec = grad.sum(0, dtype=compute_dtype(grad.dtype)).to(ctx.b_dec_dtype) if need_b_dec else None
+        return dvalues if need_values else None, None, dW_dec if need_W else None, db_dec, None
+
+
+def _forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None) -> Tensor:
+    chosen = pick("sparse_decode", W_dec, values.shape[1], W_dec.shape[0], backend)
+    b_dec = None if b_dec is None else b_dec.to(compute_dtype(W_dec.dtype)).contiguous()
+    with without_autocast(W_dec.device.type):
+        return chosen.sparse_decode(values.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec)  # type: ignore[attr-defined]
+
+
+def _backward(
+    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    chosen = pick("sparse_decode", W_dec, values.shape[1], W_dec.shape[0], backend, "sparse_decode_backward")
+    with without_autocast(W_dec.device.type):
+        dvalues, dW_dec = chosen.sparse_decode_backward(  # type: ignore[attr-defined]
+            grad.to(W_dec.dtype).contiguous(),
+            values.contiguous(),
+            indices.contiguous(),
+            W_dec.contiguous(),
+            need_values,
+            need_W,
+        )
+    return values.new_empty(0) if dvalues is None else dvalues, W_dec.new_empty(0) if dW_dec is None else dW_dec
+
+
+def _forward_fake(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None
+) -> Tensor:
+    return W_dec.new_empty((values.shape[0], W_dec.shape[1]))
+
+
+def _backward_fake(
+    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return (
+        values.new_empty(values.shape if need_values else (0,)),
+        W_dec.new_empty(W_dec.shape if need_W else (0,)),
+    )
+
+
+_sparse_decode = define(
+    "sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None, str? backend=None) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_sparse_decode_backward = define(
+    "sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec, bool need_values, bool need_W, "
+    "str? backend=None) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

@@ -1,0 +1,146 @@
+"""Every primitive in plain PyTorch: what the kernels compute, readable, on any device and in any float dtype, fp64 included.
+
+This is the oracle of the tests and the back-end of last resort. It is dense on purpose: it builds the [N, F] code matrix that
+the kernels exist to avoid, so that each function is the equation it stands for. Shapes: x [N, d], W_enc and W_dec [F, d],
+b_enc [F], b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs) and rounded once at the end.
+
+Source of the equations: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_index_range, compute_dtype
+
+
+def _codes(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
+    """The sparse code as a dense [N, F] matrix in the compute dtype; duplicate indices add up."""
+    codes = torch.zeros(values.shape[0], n_latents, dtype=compute_dtype(values.dtype), device=values.device)
+    return codes.scatter_add_(1, indices.long(), values.to(codes.dtype))
+
+
+def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    x = x.to(compute_dtype(x.dtype))
+    return x if b_dec is None else x - b_dec.to(x.dtype)
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """values [N, k], indices [N, k] int64: the k largest of relu((x - b_dec) W_enc^T + b_enc), ties to the lower index.
+
+    A stable descending sort is the whole contract: NaN sorts first, zeros (and -0) tie and so fill up with the lowest
+    unused indices.
+    """
+    pre = _centred(x, b_dec) @ W_enc.to(compute_dtype(x.dtype)).T + b_enc.to(compute_dtype(x.dtype))
+    ordered, order = torch.sort(torch.relu(pre), dim=1, descending=True, stable=True)
+    return ordered[:, :k].to(x.dtype), order[:, :k].contiguous()
+
+
+def topk_encode_backward(
+    grad_values: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
+    need_x: bool,
+    need_W: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(dx [N, d] or None, dW_enc [F, d] or None, db_enc [F]); no gradient passes through a value of exactly 0."""
+    dpre = torch.where(values != 0, grad_values, 0)
+    dcodes = _codes(dpre, indices, W_enc.shape[0])
+    dx = (dcodes @ W_enc.to(dcodes.dtype)).to(x.dtype) if need_x else None
+    dW_enc = (dcodes.T @ _centred(x, b_dec)).to(W_enc.dtype) if need_W else None
+    return dx, dW_enc, dcodes.sum(0)
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """x_hat [N, d] = sum_j values_j W_dec[indices_j] + b_dec."""
+    check_index_range("sparse_decode", indices, W_dec.shape[0])
+    codes = _codes(values, indices, W_dec.shape[0])
+    x_hat = codes @ W_dec.to(codes.dtype)
+    return (x_hat if b_dec is None else x_hat + b_dec.to(codes.dtype)).to(W_dec.dtype)
+
+
+def sparse_decode_backward(
+    grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dvalues [N, k] = <grad_n, W_dec[indices_nj]> or None, dW_dec [F, d] = codes^T grad or None)."""
+    ct = compute_dtype(W_dec.dtype)
+    g = grad.to(ct)
+    dvalues = torch.gather(g @ W_dec.to(ct).T, 1, indices.long()).to(values.dtype) if need_values else None
+    dW_dec = (_codes(values, indices, W_dec.shape[0]).T @ g).to(W_dec.dtype) if need_W else None
+    return dvalues, dW_dec
+
+
+def decode_residual(
+    x: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(e [N, d] = x_hat - x, ||e_n||^2 [N] in the compute dtype)."""
+    ct = compute_dtype(x.dtype)
+    e = _codes(values, indices, W_dec.shape[0]) @ W_dec.to(ct) - _centred(x, b_dec)
+    return e.to(x.dtype), e.square().sum(1)
+
+
+def sae_backward(
+    e: Tensor,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    scale: float,
+    dW_enc: Tensor,
+    db_enc: Tensor,
+    dW_dec: Tensor,
+) -> None:
+    """Adds the gradients of scale/2 * sum_n ||e_n||^2 with respect to W_enc, b_enc and W_dec to the given buffers."""
+    n_latents = W_enc.shape[0]
+    ct = compute_dtype(e.dtype)
+    g = scale * e.to(ct)
+    dvalues = torch.gather(g @ W_dec.to(ct).T, 1, indices.long())
+    dcodes = _codes(torch.where(values != 0, dvalues, 0), indices, n_latents)
+    dW_dec += _codes(values, indices, n_latents).T @ g
+    dW_enc += dcodes.T @ _centred(x, b_dec)
+    db_enc += dcodes.sum(0)
+
+
+def adam_rows(
+    W: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    grad_scale: Tensor | None,
+    remove_parallel: bool,
+    unit_norm: bool,
+) -> None:
+    """One step of torch.optim.Adam on the rows of W [F, d], in place; m and v are its exp_avg and exp_avg_sq.
+
+    `remove_parallel` takes <g, w> w / ||w||^2 out of each row's gradient first; `unit_norm` divides each row by its norm
+    afterwards. Rows of zero norm are left as they are by both. `grad_scale` is a 0-dim tensor (gradient clipping) or None.
+    """
+    g = g.to(m.dtype)
+    if remove_parallel:
+        w = W.to(m.dtype)
+        squared_norm = w.square().sum(1, keepdim=True)
+        g = g - torch.where(squared_norm > 0, (g * w).sum(1, keepdim=True) / squared_norm, 0) * w
+    if grad_scale is not None:
+        g = g * grad_scale.to(m.dtype)
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (v.sqrt() / bias_correction2**0.5).add_(eps)
+    updated = W.to(m.dtype).addcdiv_(m, denominator, value=-lr / bias_correction1)
+    if unit_norm:
+        norm = updated.square().sum(1, keepdim=True).sqrt()
+        updated = updated / torch.where(norm > 0, norm, 1)
+    W.copy_(updated)

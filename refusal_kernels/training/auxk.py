@@ -1,0 +1,131 @@
+"""AuxK: dead latents learn to reconstruct what the living ones miss (Gao et al., arXiv 2406.04093, section A.2).
+
+The dead set is compacted first, [D, d] instead of [F, d], and everything after is dense matrix products over it: with k_aux in
+the hundreds a gather of k_aux rows per token moves far more bytes than the product. Tokens are taken in chunks, so that the
+[tokens, D] activations never exceed `CHUNK_ELEMENTS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOAT_DTYPES, check_encoder, check_k, check_shape, check_tensor
+
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class AuxGradients:
+    """Gradients of the AuxK term for the D dead rows, and its value."""
+
+    loss: Tensor  # 0-dim, unweighted
+    dW_enc: Tensor  # [D, d]
+    db_enc: Tensor  # [D]
+    dW_dec: Tensor  # [D, d]
+
+
+def default_k_aux(d: int) -> int:
+    """d / 2, the choice of sparsify, SAELens and dictionary_learning."""
+    return max(1, d // 2)
+
+
+def aux_scale(n_dead: int, k_aux: int) -> float:
+    """min(D / k_aux, 1): a handful of dead latents cannot be asked for the whole residual."""
+    return min(n_dead / k_aux, 1.0)
+
+
+def aux_k_loss(
+    x: Tensor,
+    residual: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    dead: Tensor,
+    k_aux: int | None = None,
+) -> Tensor:
+    """The AuxK loss, unweighted, differentiable in the weights and in x; the plain autograd route.
+
+    Equivalent to, with s = min(D / k_aux, 1) and N tokens::
+
+        acts = topk(relu((x - b_dec) @ W_enc[dead].T + b_enc[dead]), min(k_aux, D))   # zeros elsewhere
+        loss = s * ((acts @ W_dec[dead] - residual.detach()) ** 2).sum() / N
+
+    The residual x - x_hat is a constant target, and the decoder bias takes no part in the reconstruction. Gradients reach the
+    dead rows of W_dec and of W_enc, b_enc, and b_dec through the encoder.
+
+    Args:
+        x: [..., d]; residual: [..., d] = x - x_hat; W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d].
+        dead: int64 [D], distinct latents; D = 0 gives a loss of 0.
+        k_aux: latents per token, d // 2 by default.
+    """
+    _, d = check_encoder("aux_k_loss", x, W_enc, b_enc, b_dec)
+    check_tensor("aux_k_loss", "W_dec", W_dec, FLOAT_DTYPES)
+    check_shape("aux_k_loss", "W_dec", W_dec, tuple(W_enc.shape), "[F, d]")
+    check_shape("aux_k_loss", "residual", residual, tuple(x.shape), "of x")
+    k_aux = check_k_aux("aux_k_loss", k_aux, d)
+    check_dead("aux_k_loss", dead)
+    n_dead = dead.numel()
+    x, residual = x.reshape(-1, d), residual.reshape(-1, d)
+    if n_dead == 0 or x.shape[0] == 0:
+        return x.new_zeros(())
+    acts = torch.relu((x - b_dec) @ W_enc[dead].T + b_enc[dead])
+    if k_aux < n_dead:
+        top = torch.topk(acts, k_aux, dim=1)
+        acts = torch.zeros_like(acts).scatter(1, top.indices, top.values)
+    error = acts @ W_dec[dead] - residual.detach()
+    return aux_scale(n_dead, k_aux) * error.square().sum() / x.shape[0]
+
+
+def check_k_aux(op: str, k_aux: int | None, d: int) -> int:
+    """`k_aux` or its default; any integer of at least 1 (more than D simply takes every dead latent)."""
+    return default_k_aux(d) if k_aux is None else check_k(op, k_aux, 2**62, name="k_aux")
+
+
+def check_dead(op: str, dead: Tensor) -> None:
+    """`dead` is an int64 vector."""
+    check_tensor(op, "dead", dead, (torch.int64,), min_dim=1)
+    if dead.dim() != 1:
+        raise ValueError(f"{op}: dead must be a vector [D] of distinct latents; got shape {tuple(dead.shape)}")
+
+
+@torch.no_grad()
+def aux_k_gradients(
+    x: Tensor,
+    e: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    weight: float,
+) -> AuxGradients:
+    """The gradients of `weight * aux_k_loss` for the dead rows, written out; e [N, d] = x_hat - x, so the target is -e.
+
+    Equivalent to autograd through `aux_k_loss` (tested), without keeping the [N, D] activations of the whole batch.
+    """
+    n, d = x.shape
+    rows_enc, rows_dec, bias = W_enc[dead], W_dec[dead], b_enc[dead]
+    n_dead = dead.numel()
+    dW_enc, dW_dec, db_enc = torch.zeros_like(rows_enc), torch.zeros_like(rows_dec), torch.zeros_like(bias)
+    loss = x.new_zeros((), dtype=bias.dtype)
+    scale = aux_scale(n_dead, k_aux)
+    chunk = max(1, CHUNK_ELEMENTS // n_dead)
+    for start in range(0, n, chunk):
+        centred = x[start : start + chunk].to(rows_enc.dtype) - b_dec
+        acts = torch.addmm(bias, centred, rows_enc.T).relu_()
+        if k_aux < n_dead:
+            top = torch.topk(acts, k_aux, dim=1)
+            acts = acts.zero_().scatter_(1, top.indices, top.values)
+        error = torch.addmm(e[start : start + chunk].to(rows_dec.dtype), acts, rows_dec)  # acts W_dec + e
+        loss += error.square().sum()
+        error *= 2 * weight * scale / n
+        dW_dec.addmm_(acts.T, error)
+        dacts = (error @ rows_dec.T).mul_(acts != 0)
+        dW_enc.addmm_(dacts.T, centred)
+        db_enc += dacts.sum(0)
+    return AuxGradients(loss * (scale / max(n, 1)), dW_enc, db_enc, dW_dec)

@@ -1,0 +1,107 @@
+"""DeadLatents: which latents have not fired for a given number of tokens, kept on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_shape
+
+
+class DeadLatents:
+    """Tokens since each latent last fired, and the compact list of those that count as dead.
+
+    A latent fires on a token when its value there is > 0. `update` never makes the host wait for a GPU: every
+    `refresh_every` updates the list of dead rows is rebuilt on the device and its length copied to the host asynchronously;
+    `rows` changes once that copy has arrived, so it lags behind by at least one update there (on a CPU it does not).
+
+    Args:
+        n_latents: F.
+        dead_after_tokens: a latent is dead after this many tokens without firing (10 million in the literature).
+        refresh_every: updates between two rebuilds of the list.
+        device: where the counters live.
+
+    Source: Gao et al., arXiv 2406.04093, section A.2 (AuxK).
+    """
+
+    def __init__(
+        self,
+        n_latents: int,
+        dead_after_tokens: int = 10_000_000,
+        refresh_every: int = 10,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value in (
+            ("n_latents", n_latents),
+            ("dead_after_tokens", dead_after_tokens),
+            ("refresh_every", refresh_every),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"DeadLatents: {name} must be an integer of at least 1; got {value!r}")
+        self.dead_after_tokens = dead_after_tokens
+        self.refresh_every = refresh_every
+        self.tokens_since_fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self._updates = 0
+        self._rows = self.tokens_since_fired.new_empty(0)
+        self._pending: tuple[Tensor, Tensor, Any] | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [D]: the dead latents of the last rebuild, ascending."""
+        return self._rows
+
+    @property
+    def fraction(self) -> float:
+        """D / F of the last rebuild."""
+        return self._rows.numel() / self.tokens_since_fired.numel()
+
+    @torch.no_grad()
+    def update(self, fire_counts: Tensor, n_tokens: int) -> None:
+        """Accounts for a batch: `fire_counts` [F] is in how many of its `n_tokens` tokens each latent fired."""
+        check_shape("DeadLatents.update", "fire_counts", fire_counts, tuple(self.tokens_since_fired.shape), "[F]")
+        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired.masked_fill_(fire_counts.to(self.tokens_since_fired.device) > 0, 0)
+        self._updates += 1
+        if self._pending is not None:
+            self._collect()
+        if self._updates % self.refresh_every == 0 and self._pending is None:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        dead = self.tokens_since_fired >= self.dead_after_tokens
+        if dead.device.type != "cuda":
+            self._rows = dead.nonzero().squeeze(1)
+            return
+        order = torch.argsort(dead, descending=True, stable=True)  # dead rows first, ascending
+        count = torch.empty((), dtype=torch.int64, pin_memory=True)
+        count.copy_(dead.sum(), non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._pending = (order, count, arrived)
+
+    def _collect(self) -> None:
+        order, count, arrived = self._pending  # type: ignore[misc]
+        if arrived.query():
+            self._rows = order[: int(count)]
+            self._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and counters that continue the tracking exactly."""
+        return {
+            "tokens_since_fired": self.tokens_since_fired.clone(),
+            "rows": self._rows.clone(),
+            "updates": self._updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned; ValueError when it belongs to another number of latents."""
+        tokens = state["tokens_since_fired"]
+        check_shape(
+            "DeadLatents.load_state_dict", "tokens_since_fired", tokens, tuple(self.tokens_since_fired.shape), "[F]"
+        )
+        self.tokens_since_fired.copy_(tokens)
+        self._rows = state["rows"].to(self.tokens_since_fired.device, torch.int64).clone()
+        self._updates = int(state["updates"])
+        self._pending = None

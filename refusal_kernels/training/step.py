@@ -1,0 +1,244 @@
+"""sae_step: one training step of a TopK sparse autoencoder on fused primitives, without an autograd graph.
+
+    encode  ->  decode + residual + loss (one pass)  ->  latent-major backward  [ ->  Adam, inside the backward ]
+
+The plain route, `topk_encode`, `sparse_decode`, `loss.backward()`, `optimizer.step()`, stays first-class and gives the same
+gradients; this one keeps no graph, writes no [N, F] and no [N*k, d] tensor, needs no host synchronisation, and where the
+back-end fuses Adam into the backward it never writes the weight gradients at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Request, requested_backend, select
+from ..checks import check_encoder, check_k, compute_dtype, matmul_dtype
+from ..ops.library import without_autocast
+from .auxk import AuxGradients, aux_k_gradients, check_dead, check_k_aux
+from .optimizer import SAEAdam, check_sae_parameters
+
+
+class SAEStepOutput(NamedTuple):
+    """What a step measured; 0-dim tensors on the device of x unless another shape is given. Nothing here needs a gradient."""
+
+    loss: Tensor  # mse + aux_alpha * aux_loss
+    mse: Tensor  # sum ||x_hat - x||^2 / N
+    aux_loss: Tensor  # AuxK term, unweighted
+    fvu: Tensor  # sum ||x_hat - x||^2 / sum ||x - mean(x)||^2 over this batch
+    l0: Tensor  # positive values per token
+    fire_counts: Tensor  # [F] int64: tokens of this batch in which the latent's value is > 0
+    values: Tensor  # [N, k]
+    indices: Tensor  # [N, k] int64
+
+
+def sae_step(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    k: int,
+    *,
+    dead: Tensor | None = None,
+    k_aux: int | None = None,
+    aux_alpha: float = 1 / 32,
+    grad_scale: float = 1.0,
+    optimizer: SAEAdam | None = None,
+    backend: str | None = None,
+) -> SAEStepOutput:
+    """Loss, metrics and gradients of a TopK sparse autoencoder; with `optimizer`, its step as well.
+
+    Equivalent to::
+
+        values, indices = rk.topk_encode(x, W_enc, b_enc, k, b_dec)
+        x_hat = rk.sparse_decode(values, indices, W_dec, b_dec)
+        mse = (x_hat - x).square().sum() / N
+        loss = mse + aux_alpha * rk.aux_k_loss(x, x - x_hat, W_enc, b_enc, W_dec, b_dec, dead, k_aux)
+        (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does
+        optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then neither read nor written
+
+    Args:
+        x: [..., d] activations, N rows in all; no gradient is computed for it. Any float dtype: promoted to the weights', or
+            under autocast computed in the autocast dtype with fp32 sums and gradients.
+        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]: leaf tensors of one dtype.
+        k: latents per token.
+        dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no cost.
+        k_aux: dead latents per token, d // 2 by default.
+        aux_alpha: weight of the AuxK term.
+        grad_scale: factor on all gradients, 1 / micro-batches for gradient accumulation.
+        optimizer: an `SAEAdam` over exactly these four tensors.
+        backend: as in `topk_encode`.
+
+    Returns:
+        SAEStepOutput, without having waited for the device.
+
+    Raises:
+        ValueError, TypeError: an argument is not as said above; the message names it.
+        BackendError: an explicitly requested back-end cannot run this.
+
+    Source: Gao et al., arXiv 2406.04093, equations 3-5 and section A.2.
+    """
+    op = "sae_step"
+    n_latents, d = check_encoder(op, x, W_enc, b_enc, b_dec)
+    check_sae_parameters(op, W_enc, b_enc, W_dec, b_dec)
+    k = check_k(op, k, n_latents)
+    k_aux = check_k_aux(op, k_aux, d)
+    if dead is not None:
+        check_dead(op, dead)
+    parameters = (W_enc, b_enc, W_dec, b_dec)
+    if optimizer is not None:
+        if not isinstance(optimizer, SAEAdam):
+            raise TypeError(f"{op}: optimizer must be a refusal_kernels.SAEAdam or None; got {type(optimizer).__name__}")
+        if any(mine is not theirs for mine, theirs in zip(parameters, optimizer.parameters, strict=True)):
+            raise ValueError(f"{op}: optimizer must hold exactly the tensors W_enc, b_enc, W_dec, b_dec of this call")
+    elif not any(p.requires_grad for p in parameters):
+        raise ValueError(f"{op}: at least one of W_enc, b_enc, W_dec, b_dec must require a gradient; got none that does")
+    if x.numel() == 0:
+        raise ValueError(f"{op}: x must hold at least one token; got shape {tuple(x.shape)}")
+    return _Step(x, parameters, k, dead, k_aux, aux_alpha, grad_scale, backend).run(optimizer)
+
+
+class _Step:
+    """The state of one call: operands in their matrix-product dtype, and what forward leaves for backward."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+        k: int,
+        dead: Tensor | None,
+        k_aux: int,
+        aux_alpha: float,
+        grad_scale: float,
+        backend: str | None,
+    ) -> None:
+        self.parameters = parameters
+        W_enc, b_enc, W_dec, b_dec = (p.detach() for p in parameters)
+        self.rows = matmul_dtype(x.device.type, x.dtype, W_enc.dtype)
+        self.ct = compute_dtype(self.rows)
+        self.x = x.detach().reshape(-1, x.shape[-1]).to(self.rows).contiguous()
+        self.W_enc, self.W_dec = W_enc.to(self.rows).contiguous(), W_dec.to(self.rows).contiguous()
+        self.b_enc, self.b_dec = b_enc.to(self.ct).contiguous(), b_dec.to(self.ct).contiguous()
+        self.k, self.k_aux, self.aux_alpha, self.grad_scale = k, k_aux, aux_alpha, grad_scale
+        self.dead = None if dead is None or dead.numel() == 0 or aux_alpha == 0 else dead.to(x.device)
+        request = Request(x.device.type, self.rows, n_latents=W_enc.shape[0], d=W_enc.shape[1], k=k)
+        self.backend: Any = select("sae_step", request, requested_backend(backend))
+
+    @torch.no_grad()
+    def run(self, optimizer: SAEAdam | None) -> SAEStepOutput:
+        with without_autocast(self.x.device.type):
+            values, indices = self.backend.topk_encode(self.x, self.W_enc, self.b_enc, self.k, self.b_dec)
+            e, squares = self.backend.decode_residual(self.x, values, indices, self.W_dec, self.b_dec)
+            aux = self._aux(e)
+            # Metrics first: the fused optimiser below overwrites the weights, not e, but e's memory stays warm this way.
+            output = self._measure(values, indices, squares, aux)
+            if optimizer is None:
+                self._accumulate(self._gradients(e, values, indices, aux))
+            elif self._can_fuse(optimizer):
+                self._fused_step(optimizer, e, values, indices, aux)
+            else:
+                gradients = self._gradients(e, values, indices, aux)
+                optimizer.apply_gradients(*(g.to(p.dtype) for g, p in zip(gradients, self.parameters, strict=True)))
+        return output
+
+    @property
+    def _scale(self) -> float:
+        """d(grad_scale * mse)/d(x_hat) = scale * e."""
+        return 2.0 * self.grad_scale / self.x.shape[0]
+
+    def _aux(self, e: Tensor) -> AuxGradients | None:
+        if self.dead is None:
+            return None
+        weight = self.aux_alpha * self.grad_scale
+        args = (self.x, e, self.W_enc.to(self.ct), self.b_enc, self.W_dec.to(self.ct), self.b_dec)
+        return aux_k_gradients(*args, self.dead, self.k_aux, weight)
+
+    def _measure(self, values: Tensor, indices: Tensor, squares: Tensor, aux: AuxGradients | None) -> SAEStepOutput:
+        n = self.x.shape[0]
+        total = squares.sum()
+        mse = total / n
+        aux_loss = mse.new_zeros(()) if aux is None else aux.loss
+        centred = self.x.to(self.ct) - self.x.mean(0, dtype=self.ct)
+        fired = (values > 0).flatten()
+        counts = torch.zeros(self.W_enc.shape[0], dtype=torch.int64, device=values.device)
+        counts.scatter_add_(0, indices.flatten(), fired.to(torch.int64))
+        return SAEStepOutput(
+            loss=mse + self.aux_alpha * aux_loss,
+            mse=mse,
+            aux_loss=aux_loss,
+            fvu=total / centred.square_().sum(),
+            l0=fired.sum() / n,
+            fire_counts=counts,
+            values=values,
+            indices=indices,
+        )
+
+    def _gradients(
+        self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(dW_enc, db_enc, dW_dec, db_dec) in the compute dtype, AuxK included."""
+        dW_enc = torch.zeros_like(self.W_enc, dtype=self.ct)
+        dW_dec = torch.zeros_like(self.W_dec, dtype=self.ct)
+        db_enc = torch.zeros_like(self.b_enc)
+        self.backend.sae_backward(
+            e, self.x, values, indices, self.W_enc, self.W_dec, self.b_dec, self._scale, dW_enc, db_enc, dW_dec
+        )
+        if aux is not None and self.dead is not None:
+            # Distinct rows, so index_add_ has one owner per row and stays deterministic.
+            dW_enc.index_add_(0, self.dead, aux.dW_enc)
+            dW_dec.index_add_(0, self.dead, aux.dW_dec)
+            db_enc.index_add_(0, self.dead, aux.db_enc)
+        return dW_enc, db_enc, dW_dec, self._b_dec_gradient(e, db_enc @ self.W_enc.to(self.ct))
+
+    def _b_dec_gradient(self, e: Tensor, through_encoder: Tensor) -> Tensor:
+        """b_dec enters as x_hat + b_dec and as x - b_dec: its gradient is scale * sum_n e_n - db_enc W_enc."""
+        return self._scale * e.sum(0, dtype=self.ct) - through_encoder
+
+    def _accumulate(self, gradients: tuple[Tensor, ...]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient.to(parameter.dtype)
+            else:
+                parameter.grad += gradient
+
+    def _can_fuse(self, optimizer: SAEAdam) -> bool:
+        """Clipping needs the norm of the whole gradient first; autocast copies are not the weights to update."""
+        weights = (self.parameters[0], self.parameters[2])
+        return (
+            self.backend.primitive("sae_backward_adam") is not None
+            and optimizer.max_grad_norm is None
+            and all(w.dtype == self.rows and w.is_contiguous() for w in weights)
+        )
+
+    def _fused_step(
+        self, optimizer: SAEAdam, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None
+    ) -> None:
+        W_enc, b_enc, W_dec, _ = (p.detach() for p in self.parameters)
+        step = optimizer.advance()
+        moments = [m for p in self.parameters[:3] for m in optimizer.moments(p)]
+        extra: tuple[Tensor | None, ...] = (None, None, None, None)
+        if aux is not None:
+            extra = (self.dead, aux.dW_enc, aux.db_enc, aux.dW_dec)
+        through_encoder = self.backend.sae_backward_adam(
+            e,
+            self.x,
+            values,
+            indices,
+            W_enc,
+            b_enc,
+            W_dec,
+            self.b_dec,
+            self._scale,
+            *moments,
+            *step.arguments(),
+            optimizer.remove_parallel_grad,
+            optimizer.unit_norm_decoder,
+            *extra,
+        )
+        optimizer.update_vector(self.parameters[3], self._b_dec_gradient(e, through_encoder), step)
+
