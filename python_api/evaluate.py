@@ -1,0 +1,194 @@
+"""Quality of SAEs on held-out tokens: how well they reconstruct z, and what the model loses when it reads the reconstruction.
+
+Per layer, over all real (unpadded) tokens:
+
+    fvu                 sum ||x - x_hat||^2 / sum ||x - mean x||^2, raw scale, mean over all the tokens
+    explained_variance  1 - fvu
+    cosine              mean cosine similarity of x and x_hat
+    l0                  mean number of values > 0 per token
+    dead_fraction       share of the latents that fire on none of these tokens
+    ce_clean, ce_spliced, ce_zero
+                        next-token cross entropy in nats: untouched; z replaced by x_hat; z replaced by 0
+    loss_recovered      (ce_zero - ce_spliced) / (ce_zero - ce_clean), 1 = nothing lost; None where zeroing z costs
+                        nothing, because then the ratio says nothing
+
+"All layers" splices every SAE at once. Loss recovered: Bricken et al. 2023; Kissane et al., arXiv 2406.17759.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .capture import capture
+from .hooks import splice
+from .sae import TopKSAE
+
+Batch = Mapping[str, Tensor]
+
+# Below this many nats, removing z altogether hardly changes the loss and the ratio is noise.
+_LEAST_EFFECT = 1e-3
+
+
+class _Reconstruction:
+    """Running sums in fp64 for one layer: x has a mean far from 0, and sum x^2 - (sum x)^2 / N cancels in fp32."""
+
+    def __init__(self, sae: TopKSAE) -> None:
+        self.sae = sae
+        device = sae.W_enc.device
+        self.n_tokens = 0
+        self.sum_x = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
+        self.sum_xx, self.sum_ee, self.cosine, self.fired = torch.zeros(4, dtype=torch.float64, device=device)
+        self.fire_counts = torch.zeros(sae.config.n_latents, dtype=torch.int64, device=device)
+
+    def add(self, x: Tensor, backend: str | None) -> None:
+        x = x.to(self.sum_x.device)
+        values, indices = self.sae.encode(x, backend=backend)
+        x, x_hat = x.double(), self.sae.decode(values, indices, backend=backend).double()
+        positive = values > 0
+        self.n_tokens += x.shape[0]
+        self.sum_x += x.sum(0)
+        self.sum_xx += x.square().sum()
+        self.sum_ee += (x - x_hat).square().sum()
+        self.cosine += nn.functional.cosine_similarity(x, x_hat, dim=1).sum()
+        self.fired += positive.sum()
+        self.fire_counts.scatter_add_(0, indices.flatten(), positive.flatten().long())
+
+    def result(self) -> dict[str, Any]:
+        spread = float(self.sum_xx - self.sum_x.square().sum() / self.n_tokens)
+        fvu = float(self.sum_ee) / spread if spread > 0 else math.nan
+        return {
+            "fvu": fvu,
+            "explained_variance": 1 - fvu,
+            "cosine": float(self.cosine) / self.n_tokens,
+            "l0": float(self.fired) / self.n_tokens,
+            "dead_fraction": float((self.fire_counts == 0).double().mean()),
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    saes: Mapping[int, TopKSAE],
+    batches: Sequence[Batch],
+    *,
+    backend: str | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The figures of this module's docstring.
+
+    Args:
+        model: a transformers causal LM; left as it was.
+        saes: {layer: SAE of that layer's o_proj input}.
+        batches: held-out batches with input_ids and, where there is padding, attention_mask, each [sequences, length].
+        backend: of the operators.
+
+    Returns a dict that JSON can hold: {"tokens", "layers": {"1": {...}, ...}, "all_layers": {...}}; "all_layers" (cross
+    entropies and loss_recovered) only for more than one SAE. Raises ValueError without SAEs or batches.
+    """
+    if not saes or not batches:
+        raise ValueError(f"evaluate: expected at least one SAE and one batch; got {len(saes)} SAEs, {len(batches)} batches")
+    layers = sorted(saes)
+    sums = {layer: _Reconstruction(saes[layer]) for layer in layers}
+    with capture(model, layers=layers) as cap:
+        for batch in tqdm(batches, desc="evaluating SAEs", unit="batch", disable=not progress, leave=False):
+            for layer, z in cap.run(batch).items():
+                sums[layer].add(z, backend)
+
+    def run(batch: Batch, edits: dict[int, Callable[[Tensor], Tensor]] | None) -> tuple[float, int]:
+        if edits is None:
+            return _cross_entropy(model, batch)
+        with splice(model, edits):
+            return _cross_entropy(model, batch)
+
+    groups: dict[str, list[int]] = {str(layer): [layer] for layer in layers}
+    if len(layers) > 1:
+        groups["all_layers"] = layers
+    variants: dict[tuple[str, str], dict[int, Callable[[Tensor], Tensor]] | None] = {("", "ce_clean"): None}
+    for group, members in groups.items():
+        variants[group, "ce_spliced"] = {layer: _reconstructor(saes[layer], backend) for layer in members}
+        variants[group, "ce_zero"] = {layer: torch.zeros_like for layer in members}
+    totals = dict.fromkeys(variants, 0.0)
+    n_predicted = 0
+    training = model.training
+    model.eval()
+    try:
+        for batch in tqdm(batches, desc="evaluating the spliced model", unit="batch", disable=not progress, leave=False):
+            for key, edits in variants.items():
+                nats, count = run(batch, edits)
+                totals[key] += nats
+            n_predicted += count
+    finally:
+        model.train(training)
+
+    clean = totals["", "ce_clean"] / max(n_predicted, 1)
+    report: dict[str, Any] = {"tokens": sums[layers[0]].n_tokens, "layers": {}}
+    for group, members in groups.items():
+        spliced = totals[group, "ce_spliced"] / max(n_predicted, 1)
+        zero = totals[group, "ce_zero"] / max(n_predicted, 1)
+        figures: dict[str, Any] = {
+            "ce_clean": clean,
+            "ce_spliced": spliced,
+            "ce_zero": zero,
+            "loss_recovered": (zero - spliced) / (zero - clean) if zero - clean > _LEAST_EFFECT else None,
+        }
+        if group == "all_layers":
+            report["all_layers"] = figures
+        else:
+            report["layers"][group] = sums[members[0]].result() | figures
+    return report
+
+
+def _reconstructor(sae: TopKSAE, backend: str | None) -> Callable[[Tensor], Tensor]:
+    def reconstruct(z: Tensor) -> Tensor:
+        return sae(z.to(sae.W_enc.device), backend=backend).to(z)
+
+    return reconstruct
+
+
+def _cross_entropy(model: nn.Module, batch: Batch) -> tuple[float, int]:
+    """Summed next-token cross entropy in nats, and the number of predicted tokens; padding neither predicts nor is predicted."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    targets = inputs["input_ids"][:, 1:].clone()
+    if (mask := inputs.get("attention_mask")) is not None:
+        targets[~(mask[:, 1:].bool() & mask[:, :-1].bool())] = -100
+    nats = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum")
+    return float(nats), int((targets != -100).sum())
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """The report as a plain text table, one row per layer."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None or value != value else format(value, form)
+
+    header = ("layer", "FVU", "expl. var.", "L0", "dead", "CE clean", "CE spliced", "CE zeroed", "loss recovered")
+    rows = [header]
+    entries = [*report["layers"].items()]
+    if "all_layers" in report:
+        entries.append(("all", report["all_layers"]))
+    for name, figures in entries:
+        rows.append(
+            (
+                str(name),
+                number(figures.get("fvu"), ".4f"),
+                number(figures.get("explained_variance"), ".4f"),
+                number(figures.get("l0"), ".1f"),
+                number(figures.get("dead_fraction"), ".1%"),
+                number(figures["ce_clean"], ".4f"),
+                number(figures["ce_spliced"], ".4f"),
+                number(figures["ce_zero"], ".4f"),
+                number(figures["loss_recovered"], ".1%"),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""TrainConfig: every setting of a training run, its default, its meaning, and which of them may change on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Settings that do not touch the arithmetic of the run: a resumed run may change them and still end in the same bits.
+FREE_ON_RESUME = frozenset(
+    {"out", "checkpoint_every", "keep_checkpoints", "log_every", "eval_tokens", "trackers", "trust_remote_code"}
+)
+
+
+@dataclass
+class TrainConfig:
+    """Settings of a training run. Where no source is named the default is this project's own.
+
+    What to train on:
+        model: "builtin", a folder, or a hub name; anything `AutoModelForCausalLM` loads whose layers have `self_attn.o_proj`.
+        data: "builtin", a file (.txt, .jsonl, .parquet), a folder of them, or a hub data set; field `text_field` of each row.
+        layers: decoder layers whose o_proj input is learned, one SAE each, all in one pass of the model.
+        context_length: tokens per packed sequence.  sequences: sequences per forward pass of the model.
+        buffer_tokens: tokens in the shuffle buffer; it takes buffer_tokens x d_in x layers x 4 bytes (2 in bf16).
+            None: 16 batches.
+        eval_tokens: held-out tokens for the evaluation at the end; they are set aside before training and never trained on.
+        trust_remote_code: run Python code that comes with a hub model.
+
+    The SAE (Gao et al., arXiv 2406.04093):
+        k: active latents per token.  expansion: latents per input dimension, F = expansion x d_in.  latents: F itself; it
+            overrides expansion.
+
+    Optimisation:
+        tokens: training tokens in total.  batch_tokens: tokens per step.
+        lr: peak rate of Adam; None means 2e-4 (F / 16384)^-0.5, Gao et al. section 3 (their 1/sqrt(F) law).
+        warmup_fraction, decay_fraction: share of the steps that rise linearly from 0 and fall linearly to 0.
+        betas, eps: Adam's.
+        aux_alpha, k_aux, dead_after_tokens: AuxK's weight, its number of latents (None: min(512, d_in // 2)), and how many
+            tokens without firing make a latent dead. Gao et al. A.2: 1/32, about d/2, 10M.
+        max_grad_norm: clip the gradient of each SAE to this global norm; None turns it off.
+        dtype: of the model and the activations. The SAE's weights and optimiser state are fp32 always; with bfloat16 on a
+            GPU the matrix products run in bf16 under autocast.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  backend: of the operators; None chooses.
+        seed: of initialisation, document order and shuffling.
+
+    Output:
+        out: the run's folder.  checkpoint_every: steps between checkpoints, 0 for none but the last.
+        keep_checkpoints: how many stay.  log_every: steps between log lines (one host synchronisation each).
+        trackers: names for accelerate ("tensorboard", "wandb", ...).
+    """
+
+    model: str = "builtin"
+    data: str = "builtin"
+    layers: list[int] = field(default_factory=list)
+    out: str = "sae-run"
+    text_field: str = "text"
+    context_length: int = 128
+    sequences: int = 16
+    buffer_tokens: int | None = None
+    eval_tokens: int = 65_536
+    trust_remote_code: bool = False
+
+    k: int = 64
+    expansion: int = 16
+    latents: int | None = None
+
+    tokens: int = 10_000_000
+    batch_tokens: int = 8192
+    lr: float | None = None
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    aux_alpha: float = 1 / 32
+    k_aux: int | None = None
+    dead_after_tokens: int = 10_000_000
+    max_grad_norm: float | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    backend: str | None = None
+    seed: int = 0
+
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # JSON and the command line give lists and strings; one form inside, so that two configs compare equal.
+        self.layers = sorted({int(layer) for layer in self.layers})
+        self.betas = (float(self.betas[0]), float(self.betas[1]))
+        self.trackers = list(self.trackers)
+        for name, least in (
+            ("context_length", 2),
+            ("sequences", 1),
+            ("k", 1),
+            ("expansion", 1),
+            ("tokens", 1),
+            ("batch_tokens", 1),
+            ("dead_after_tokens", 1),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+            ("log_every", 1),
+            ("eval_tokens", 0),
+        ):
+            self._require(name, getattr(self, name) >= least, f"be at least {least}")
+        for name in ("latents", "k_aux", "buffer_tokens"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "be at least 1, or None")
+        self._require("layers", all(layer >= 0 for layer in self.layers), "be layer numbers from 0")
+        for name in ("warmup_fraction", "decay_fraction"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
+        self._require(
+            "decay_fraction", self.warmup_fraction + self.decay_fraction <= 1, "leave room: warm-up + decay <= 1"
+        )
+        self._require("lr", self.lr is None or (self.lr > 0 and math.isfinite(self.lr)), "be positive, or None")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "lie in [0, 1)")
+        self._require("eps", self.eps > 0, "be positive")
+        self._require("aux_alpha", self.aux_alpha >= 0, "be at least 0")
+        self._require("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "be positive, or None")
+        self._require("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}")
+
+    def _require(self, name: str, holds: bool, expectation: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must {expectation}; got {getattr(self, name)!r}")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run: tokens / batch_tokens, rounded up."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
+    def n_latents(self, d_in: int) -> int:
+        """F for activations of width d_in."""
+        return self.latents if self.latents is not None else self.expansion * d_in
+
+    def peak_lr(self, n_latents: int) -> float:
+        """The given rate, or 2e-4 (F / 16384)^-0.5."""
+        return self.lr if self.lr is not None else 2e-4 * (n_latents / 16384) ** -0.5
+
+    def lr_factor(self, step: int) -> float:
+        """The share of the peak rate at `step` (0-based): linear warm-up, plateau, linear decay to 1 / decay steps."""
+        total = self.total_steps
+        warmup = round(self.warmup_fraction * total)
+        decay = round(self.decay_fraction * total)
+        rise = (step + 1) / warmup if step < warmup else 1.0
+        fall = (total - step) / decay if step > total - decay else 1.0
+        return min(rise, fall)
+
+    def resolved_device(self) -> torch.device:
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {self.device!r} was asked for, but this PyTorch sees no GPU; use --device cpu")
+        return device
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> TrainConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ValueError(f"{source}: unknown settings {', '.join(unknown)}")
+        return cls(**values)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """"name: mine (there: theirs)" for every setting that may not change on resume and does."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name} is {mine[name]!r} (the run has {theirs[name]!r})"
+            for name in mine
+            if name not in FREE_ON_RESUME and mine[name] != theirs[name]
+        ]
