@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace {
 
 // The newest instruction set of this processor among those the CPU kernels are compiled for.
-const char *cpu_isa() {
+const char* cpu_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -23,7 +23,7 @@ const char *cpu_isa() {
   return "default";
 }
 
-py::list split(const std::string &text, char separator) {
+py::list split(const std::string& text, char separator) {
   py::list parts;
   for (size_t begin = 0; begin < text.size();) {
     size_t end = text.find(separator, begin);
@@ -34,7 +34,7 @@ py::list split(const std::string &text, char separator) {
   return parts;
 }
 
-py::object text_or_none(const char *text) { return *text ? py::object(py::str(text)) : py::none(); }
+py::object text_or_none(const char* text) { return *text ? py::object(py::str(text)) : py::none(); }
 
 py::dict build_info() {
   py::dict info;
