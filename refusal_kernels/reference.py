@@ -36,7 +36,7 @@ def topk_encode(
     """
     pre = _centred(x, b_dec) @ W_enc.to(compute_dtype(x.dtype)).T + b_enc.to(compute_dtype(x.dtype))
     ordered, order = torch.sort(torch.relu(pre), dim=1, descending=True, stable=True)
-    return ordered[:, :k].to(x.dtype), order[:, :k].contiguous()
+    return ordered[:, :k].to(x.dtype).contiguous(), order[:, :k].contiguous()
 
 
 def topk_encode_backward(

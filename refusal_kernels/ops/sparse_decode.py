@@ -120,13 +120,13 @@ def _backward_fake(
 
 
 _sparse_decode = define(
-    "sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None, str? backend=None) -> Tensor",
+    "sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, str? backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 _sparse_decode_backward = define(
     "sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec, bool need_values, bool need_W, "
-    "str? backend=None) -> (Tensor, Tensor)",
+    "str? backend) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

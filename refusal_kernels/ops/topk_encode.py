@@ -157,13 +157,13 @@ def _backward_fake(
 
 
 _topk_encode = define(
-    "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, SymInt k, Tensor? b_dec=None, str? backend=None) -> (Tensor, Tensor)",
+    "topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, SymInt k, Tensor? b_dec, str? backend) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _topk_encode_backward = define(
     "topk_encode_backward(Tensor grad_values, Tensor values, Tensor indices, Tensor x, Tensor W_enc, Tensor? b_dec, "
-    "bool need_x, bool need_W, str? backend=None) -> (Tensor, Tensor, Tensor)",
+    "bool need_x, bool need_W, str? backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
