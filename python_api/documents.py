@@ -1,0 +1,275 @@
+"""Where documents come from: files, folders, hub datasets, open datasets, lists of strings, the built-in corpus.
+
+Every source becomes a :class:`Documents`: an object that can replay epoch e from document n on. That is all a resumable
+stream needs, whatever the source keeps inside: indexed sources jump, streamed ones read on and discard.
+
+Nothing from a stranger is executed: ``datasets`` from version 4 on, which this package requires, runs no loading scripts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+SampleBy = Literal["auto", "line", "paragraph", "document"]
+
+# Endings -> the builder of `datasets` that reads them. Each may be followed by a compression's ending.
+_BUILDERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+}
+_COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
+_PEEK = 1 << 20  # bytes of a text file read to see whether it has blank lines
+
+
+class Documents(Protocol):
+    """A replayable sequence of texts per epoch."""
+
+    name: str
+    n_documents: int | None  # per epoch; None when unknown before reading (streaming)
+
+    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+        """The texts of ``epoch`` in that epoch's order, beginning with number ``start``."""
+        ...
+
+
+def _checked(value: Any, name: str, where: str) -> str:
+    if value is None:
+        return ""  # a missing value is an empty document, which the stream skips
+    if not isinstance(value, str):
+        raise ValueError(f"text_field: expected strings in column {name!r}, got {type(value).__name__} {where}")
+    return value
+
+
+def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of ``n`` things in ``epoch``: int64 [n], a function of its arguments alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
+    return torch.randperm(n, generator=generator)
+
+
+class ListDocuments:
+    """A list of strings, or any indexable source of them."""
+
+    def __init__(self, texts: Sequence[str], name: str, shuffle: bool, seed: int) -> None:
+        self.name, self.n_documents = name, len(texts)
+        self._texts, self._shuffle, self._seed = texts, shuffle, seed
+
+    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+        order = permutation(len(self._texts), self._seed, epoch).tolist() if self._shuffle else range(len(self._texts))
+        for i in order[start:]:
+            yield _checked(self._texts[i], "source", f"at item {i}")
+
+
+class TableDocuments:
+    """One column of an indexed ``datasets.Dataset``, read in slices."""
+
+    def __init__(self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int) -> None:
+        self.name, self.n_documents = name, int(dataset.num_rows)
+        self._column, self._shuffle, self._seed = text_field, shuffle, seed
+        self._dataset = dataset.with_format(None).select_columns([text_field])
+
+    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+        n = int(self.n_documents or 0)
+        order = permutation(n, self._seed, epoch) if self._shuffle else torch.arange(n)
+        for rows in order[start:].split(256):
+            for row, text in zip(rows.tolist(), self._dataset[rows.tolist()][self._column], strict=True):
+                yield _checked(text, self._column, f"in row {row}")
+
+
+class StreamedDocuments:
+    """One column of a ``datasets.IterableDataset``; resuming reads on from the beginning of the epoch and discards."""
+
+    def __init__(self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, window: int) -> None:
+        self.name, self.n_documents = name, None
+        self._column = text_field
+        # datasets' own windowed shuffle; its order depends on seed + epoch only.
+        self._dataset = dataset.shuffle(seed=seed, buffer_size=window) if shuffle else dataset
+
+    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+        self._dataset.set_epoch(epoch)
+        for row, record in enumerate(self._dataset):
+            if row >= start:
+                yield _checked(record.get(self._column), self._column, f"in record {row}")
+
+
+class BuiltinDocuments:
+    """The built-in model's corpus: every epoch is a fresh draw of ``n_documents`` documents."""
+
+    def __init__(self, n_documents: int, seed: int) -> None:
+        self.name, self.n_documents, self._seed = "builtin", n_documents, seed
+
+    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+        from .builtin_model import corpus
+
+        for i, text in enumerate(corpus(self.n_documents, self._seed + epoch)):
+            if i >= start:
+                yield text
+
+
+def open_documents(
+    source: Any,
+    *,
+    text_field: str = "text",
+    split: str = "train",
+    config: str | None = None,
+    streaming: bool = False,
+    shuffle: bool = True,
+    seed: int = 0,
+    sample_by: SampleBy = "auto",
+    n_documents: int = 20_000,
+    shuffle_window: int = 1_000,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Documents:
+    """Open ``source``; the arguments are those of :class:`~refusal_kernels.python_api.tokens.TokenStream`.
+
+    Raises:
+        TypeError: a source of no known kind.
+        ValueError: missing path, unknown file ending, mixed kinds in a folder, no such column, empty dataset, a hub
+            dataset that cannot be loaded. Each names what was found instead.
+    """
+    if sample_by not in ("auto", "line", "paragraph", "document"):
+        raise ValueError(f"sample_by: expected 'auto', 'line', 'paragraph' or 'document', got {sample_by!r}")
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        if text == "builtin":
+            if n_documents < 1:
+                raise ValueError(f"n_documents: expected 1 or more, got {n_documents}")
+            return BuiltinDocuments(n_documents, seed)
+        path = Path(text).expanduser()
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        if path.exists():
+            dataset = _load_local(path, split, streaming, sample_by, cache)
+        elif _looks_like_path(source, text):
+            raise ValueError(f"source: no such file or folder: {path}")
+        else:
+            dataset = _load_hub(text, config, split, streaming, cache)
+        name = text
+    elif isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
+        if not source:
+            raise ValueError("source: expected documents, got an empty list")
+        return ListDocuments(source, f"list of {len(source)}", shuffle, seed)
+    else:
+        dataset, name = source, type(source).__name__
+    return _column(dataset, text_field, split, name, shuffle, seed, shuffle_window)
+
+
+def _column(
+    dataset: Any, text_field: str, split: str, name: str, shuffle: bool, seed: int, window: int
+) -> TableDocuments | StreamedDocuments:
+    import datasets
+
+    if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if split not in dataset:
+            raise ValueError(f"split: {name} has splits {', '.join(map(str, dataset))}; got {split!r}")
+        dataset = dataset[split]
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise TypeError(
+            f"source: expected 'builtin', a path, a hub dataset's name, a dataset or a list of strings, got {name}"
+        )
+    columns = dataset.column_names
+    if columns is None:  # a stream that says nothing about itself before it is read
+        columns = list(next(iter(dataset), {}))
+        if not columns:
+            raise ValueError(f"source: {name} is empty")
+    if text_field not in columns:
+        raise ValueError(f"text_field: {name} has no column {text_field!r}; its columns are {', '.join(columns)}")
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamedDocuments(dataset, text_field, name, shuffle, seed, window)
+    if dataset.num_rows == 0:
+        raise ValueError(f"source: {name} is empty")
+    return TableDocuments(dataset, text_field, name, shuffle, seed)
+
+
+def _looks_like_path(source: Any, text: str) -> bool:
+    return isinstance(source, os.PathLike) or text.startswith((".", "/", "~", os.sep)) or _builder_of(text) is not None
+
+
+def _builder_of(name: str) -> str | None:
+    lowered = name.lower()
+    for ending in _COMPRESSION:
+        lowered = lowered.removesuffix(ending)
+    return _BUILDERS.get(os.path.splitext(lowered)[1])
+
+
+def _load_local(path: Path, split: str, streaming: bool, sample_by: SampleBy, cache: str | None) -> Any:
+    import datasets
+
+    if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        saved = datasets.load_from_disk(str(path))
+        return saved.to_iterable_dataset() if streaming and isinstance(saved, datasets.Dataset) else saved
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _visible(p, path))
+    by_builder: dict[str, list[Path]] = {}
+    for file in files:
+        builder = _builder_of(file.name)
+        if builder is not None:
+            by_builder.setdefault(builder, []).append(file)
+    known = ", ".join(sorted(_BUILDERS))
+    if not by_builder:
+        got = f"ending {path.suffix!r}" if path.is_file() else "a folder without any"
+        raise ValueError(f"source: expected a file ending in one of {known} (or compressed), got {got}: {path}")
+    if len(by_builder) > 1:
+        found = ", ".join(f"{len(v)} {k}" for k, v in sorted(by_builder.items()))
+        raise ValueError(f"source: expected one kind of file in {path}, got {found}; pass one file or a folder of one kind")
+    builder, chosen = next(iter(by_builder.items()))
+    if all(file.stat().st_size == 0 for file in chosen):
+        raise ValueError(f"source: {path} is empty")
+    options: dict[str, Any] = {}
+    if builder == "text":
+        options["sample_by"] = _guess_sampling(chosen[0]) if sample_by == "auto" else sample_by
+    if builder == "csv" and all(".tsv" in file.name.lower() for file in chosen):
+        options["sep"] = "\t"
+    try:
+        return datasets.load_dataset(
+            builder,
+            data_files=[str(file) for file in chosen],
+            split="train",  # a bare list of files makes one split of that name
+            streaming=streaming,
+            cache_dir=cache,
+            **options,
+        )
+    except Exception as error:
+        raise ValueError(f"source: cannot read {path} as {builder}: {_innermost(error)}") from error
+
+
+def _visible(file: Path, root: Path) -> bool:
+    return not any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
+
+
+def _guess_sampling(file: Path) -> str:
+    """Blank lines separate documents where there are any; otherwise each line is one."""
+    if file.suffix.lower() in _COMPRESSION:
+        return "line"
+    with file.open("rb") as handle:
+        head = handle.read(_PEEK).replace(b"\r\n", b"\n")
+    return "paragraph" if b"\n\n" in head.strip() else "line"
+
+
+def _load_hub(name: str, config: str | None, split: str, streaming: bool, cache: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming, cache_dir=cache)
+    except Exception as error:
+        raise ValueError(
+            f"source: {name!r} is no local path, and loading it as a hub dataset failed "
+            f"({type(error).__name__}: {_innermost(error)})"
+        ) from error
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
