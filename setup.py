@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -26,6 +28,11 @@ FOLDERS = {
     "triton_kernels": "refusal_kernels.triton_kernels",
     "python_api": "refusal_kernels.python_api",
 }
+
+NO_HEADERS = """
+refusal-kernels: {python} has no header {header}.
+Install Python's headers (on Debian and Ubuntu: `sudo apt install python3-dev`) and try again.
+"""
 
 NO_TORCH = """
 refusal-kernels: no torch in {python} to build against.
@@ -50,6 +57,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if importlib.util.find_spec("torch") is None:
             raise SystemExit(NO_TORCH.format(python=sys.executable))
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not header.exists():
+            raise SystemExit(NO_HEADERS.format(python=sys.executable, header=header))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One persistent folder per interpreter: a rebuild after an edit compiles only what the edit touched.
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-debug' if self.debug else ''}"
@@ -67,9 +77,12 @@ class CMakeBuild(build_ext):
         fresh = ["--fresh"] if (folder / "CMakeCache.txt").exists() and not self._same_tools(folder) else []
         configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *fresh]
         configure += [f"-D{name}={value}" for name, value in options.items()]
+        # cmake and ninja as pip installs them, also when the environment is not activated.
+        search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
         for command in (configure, ["cmake", "--build", str(folder)]):
             try:
-                subprocess.run(command, check=True)
+                program = shutil.which(command[0], path=search) or command[0]
+                subprocess.run([program, *command[1:]], check=True, env={**os.environ, "PATH": search})
             except FileNotFoundError:
                 raise SystemExit("refusal-kernels: cmake is missing (`pip install cmake ninja pybind11`).") from None
             except subprocess.CalledProcessError as error:
@@ -77,9 +90,7 @@ class CMakeBuild(build_ext):
 
     def _same_tools(self, folder: Path) -> bool:
         """Whether the cached configuration was made by this interpreter and its tools still exist."""
-        cache = dict(
-            line.split("=", 1) for line in (folder / "CMakeCache.txt").read_text().splitlines() if "=" in line
-        )
+        cache = dict(line.split("=", 1) for line in (folder / "CMakeCache.txt").read_text().splitlines() if "=" in line)
         tools = [cache.get(key, "") for key in ("CMAKE_COMMAND:INTERNAL", "CMAKE_MAKE_PROGRAM:FILEPATH")]
         return all(Path(tool).exists() for tool in tools) and sys.executable in cache.values()
 
