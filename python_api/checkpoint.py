@@ -1,8 +1,8 @@
 """Files that are either complete or absent: atomic writes, a checkpoint folder with a latest pointer, and safe reading.
 
-Everything is written under a temporary name in the same folder, flushed to the disk, and renamed; a rename within one file
-system is atomic on POSIX, so a process killed at any instant leaves the old state or the new one. Temporary names start with
-".tmp-"; they are what a killed process may leave behind, and `CheckpointFolder` sweeps them at the next save.
+Everything is written under a temporary name in the same folder, flushed to the disk, and renamed; a rename within one
+file system is atomic on POSIX, so a process killed at any instant leaves the old state or the new one. Temporary names
+start with ".tmp-"; a killed process may leave some behind, and `CheckpointFolder` sweeps them at the next save.
 
 Layout written by the trainer below `<out>/checkpoints`:
 
@@ -51,7 +51,7 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path` in one step, on an exception it is removed."""
+    """Yields a temporary path beside `path` that replaces `path` on success and is removed on an exception."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(target)
@@ -125,7 +125,7 @@ class CheckpointFolder:
         return self.root / f"step_{step:08d}"
 
     def latest(self) -> Path | None:
-        """The checkpoint that `latest` names; the highest complete one if the pointer is missing; None if there is none."""
+        """The checkpoint that `latest` names; without that pointer the highest complete one; None if there is none."""
         pointer = self.root / "latest"
         if pointer.is_file():
             name = pointer.read_text(encoding="utf-8").strip()
@@ -135,7 +135,7 @@ class CheckpointFolder:
         return self.path(steps[-1]) if steps else None
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Calls `write(folder)` on a temporary folder, renames it to step_<step>, moves the pointer, drops the oldest."""
+        """Calls `write(folder)` on a temporary folder, renames it to step_<step>, moves `latest`, drops the oldest."""
         self.root.mkdir(parents=True, exist_ok=True)
         self._sweep()
         target = self.path(step)

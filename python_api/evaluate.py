@@ -1,6 +1,6 @@
-"""Quality of SAEs on held-out tokens: how well they reconstruct z, and what the model loses when it reads the reconstruction.
+"""Quality of SAEs on held-out tokens: how well they reconstruct z, and what the model loses by reading x_hat instead.
 
-Per layer, over all real (unpadded) tokens:
+Per layer, over all tokens but padding, the first of each sequence and BOS, which training leaves out as well:
 
     fvu                 sum ||x - x_hat||^2 / sum ||x - mean x||^2, raw scale, mean over all the tokens
     explained_variance  1 - fvu
@@ -17,8 +17,10 @@ Per layer, over all real (unpadded) tokens:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from .hooks import splice
 from .sae import TopKSAE
 
 Batch = Mapping[str, Tensor]
+Edits = dict[int, Callable[[Tensor], Tensor]]
 
 # Below this many nats, removing z altogether hardly changes the loss and the ratio is noise.
 _LEAST_EFFECT = 1e-3
@@ -77,6 +80,7 @@ def evaluate(
     saes: Mapping[int, TopKSAE],
     batches: Sequence[Batch],
     *,
+    bos_token_id: int | None = None,
     backend: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -86,41 +90,41 @@ def evaluate(
         model: a transformers causal LM; left as it was.
         saes: {layer: SAE of that layer's o_proj input}.
         batches: held-out batches with input_ids and, where there is padding, attention_mask, each [sequences, length].
+        bos_token_id: the tokenizer's, if it has one; tokens with it are left alone.
         backend: of the operators.
 
     Returns a dict that JSON can hold: {"tokens", "layers": {"1": {...}, ...}, "all_layers": {...}}; "all_layers" (cross
     entropies and loss_recovered) only for more than one SAE. Raises ValueError without SAEs or batches.
     """
     if not saes or not batches:
-        raise ValueError(f"evaluate: expected at least one SAE and one batch; got {len(saes)} SAEs, {len(batches)} batches")
+        raise ValueError(
+            f"evaluate: expected at least one SAE and one batch; got {len(saes)} SAEs, {len(batches)} batches"
+        )
     layers = sorted(saes)
     sums = {layer: _Reconstruction(saes[layer]) for layer in layers}
+    positions = [content_positions(batch, bos_token_id) for batch in batches]
+    bar = partial(tqdm, total=len(batches), unit="batch", disable=not progress, leave=False)
     with capture(model, layers=layers) as cap:
-        for batch in tqdm(batches, desc="evaluating SAEs", unit="batch", disable=not progress, leave=False):
-            for layer, z in cap.run(batch).items():
+        for batch, kept in bar(zip(batches, positions, strict=True), desc="evaluating SAEs"):
+            for layer, z in cap.run(batch, positions=kept).items():
                 sums[layer].add(z, backend)
-
-    def run(batch: Batch, edits: dict[int, Callable[[Tensor], Tensor]] | None) -> tuple[float, int]:
-        if edits is None:
-            return _cross_entropy(model, batch)
-        with splice(model, edits):
-            return _cross_entropy(model, batch)
 
     groups: dict[str, list[int]] = {str(layer): [layer] for layer in layers}
     if len(layers) > 1:
         groups["all_layers"] = layers
-    variants: dict[tuple[str, str], dict[int, Callable[[Tensor], Tensor]] | None] = {("", "ce_clean"): None}
+    edits: dict[tuple[str, str], Edits] = {("", "ce_clean"): {}}
     for group, members in groups.items():
-        variants[group, "ce_spliced"] = {layer: _reconstructor(saes[layer], backend) for layer in members}
-        variants[group, "ce_zero"] = {layer: torch.zeros_like for layer in members}
-    totals = dict.fromkeys(variants, 0.0)
+        edits[group, "ce_spliced"] = {layer: _reconstructor(saes[layer], backend) for layer in members}
+        edits[group, "ce_zero"] = dict.fromkeys(members, torch.zeros_like)
+    totals = dict.fromkeys(edits, 0.0)
     n_predicted = 0
     training = model.training
     model.eval()
     try:
-        for batch in tqdm(batches, desc="evaluating the spliced model", unit="batch", disable=not progress, leave=False):
-            for key, edits in variants.items():
-                nats, count = run(batch, edits)
+        for batch, kept in bar(zip(batches, positions, strict=True), desc="evaluating the spliced model"):
+            for key, functions in edits.items():
+                with splice(model, functions, positions=kept) if functions else contextlib.nullcontext():
+                    nats, count = _cross_entropy(model, batch)
                 totals[key] += nats
             n_predicted += count
     finally:
@@ -144,6 +148,18 @@ def evaluate(
     return report
 
 
+def content_positions(batch: Batch, bos_token_id: int | None = None) -> Tensor:
+    """bool [sequences, length]: the real tokens but the first of each sequence and BOS.
+
+    Those are attention sinks: outliers without content, left out of training by `ActivationBuffer` too.
+    """
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    kept = mask.bool() & (mask.cumsum(1) != 1)
+    return kept if bos_token_id is None else kept & (ids != bos_token_id)
+
+
 def _reconstructor(sae: TopKSAE, backend: str | None) -> Callable[[Tensor], Tensor]:
     def reconstruct(z: Tensor) -> Tensor:
         return sae(z.to(sae.W_enc.device), backend=backend).to(z)
@@ -152,7 +168,7 @@ def _reconstructor(sae: TopKSAE, backend: str | None) -> Callable[[Tensor], Tens
 
 
 def _cross_entropy(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    """Summed next-token cross entropy in nats, and the number of predicted tokens; padding neither predicts nor is predicted."""
+    """Summed next-token cross entropy in nats and the number of predicted tokens; padding is on neither side."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name in ("input_ids", "attention_mask")}
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()

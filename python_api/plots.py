@@ -1,4 +1,4 @@
-"""The training plot: loss and FVU, L0, dead latents over tokens, one colour per layer; PNG for people, SVG for pages."""
+"""The training plot: loss, FVU, L0 and dead latents over tokens, one colour per layer, as PNG and SVG."""
 
 from __future__ import annotations
 

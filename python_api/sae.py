@@ -5,13 +5,13 @@
     values, indices = top k of relu(pre)                values, indices [..., k]
     x_hat = (sum_j values_j W_dec[indices_j] + b_dec) / s       W_dec [F, d_in], rows of unit norm
 
-Where the scale is applied: `encode` multiplies by it on the way in, `decode` divides by it on the way out, and nowhere else.
-The four parameters, the code `values`, and `loss` live on the scaled side, where E||s x||^2 = d_in, so that one learning rate
-and one AuxK weight suit every model. What leaves the SAE towards the model is on the raw side: `decode`, `forward`, and
-`decoder_directions()`.
+Where the scale is applied: `encode` multiplies by it on the way in, `decode` divides by it on the way out, and nowhere
+else. The four parameters, the code `values`, and `loss` live on the scaled side, where E||s x||^2 = d_in, so that one
+learning rate and one AuxK weight suit every model. What leaves the SAE towards the model is on the raw side: `decode`,
+`forward`, and `decoder_directions()`.
 
-Architecture: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, on attention outputs before o_proj as
-in Kissane et al., arXiv 2406.17759. Semantics of ties, missing positives and NaN: refusal_kernels.topk_encode.
+Architecture: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, on attention outputs before
+o_proj as in Kissane et al., arXiv 2406.17759. Ties, missing positives and NaN: see refusal_kernels.topk_encode.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class TopKSAEConfig:
 class SAELoss(NamedTuple):
     """What `TopKSAE.loss` returns: 0-dim tensors, on the scaled side, and the code.
 
-    loss = mse + aux_alpha * aux_loss; mse = sum ||e||^2 / N; fvu = sum ||e||^2 / sum ||x - mean x||^2; l0 = mean number of
-    values > 0 per token.
+    loss = mse + aux_alpha * aux_loss; mse = sum ||e||^2 / N; fvu = sum ||e||^2 / sum ||x - mean x||^2; l0 = mean number
+    of values > 0 per token.
     """
 
     loss: Tensor
@@ -137,24 +137,19 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def init_from_data(self, x: Tensor, *, fit_scale: bool = True) -> TopKSAE:
-        """Sets input_scale so that E||s x||^2 = d_in over the sample, and b_dec to the scaled sample's geometric median.
+        """Sets input_scale so that E||s x||^2 = d_in over the sample, and b_dec to the scaled geometric median.
 
         Args:
             x: a sample of raw activations [..., d_in], a few thousand tokens.
             fit_scale: False leaves input_scale as it is.
         Raises ValueError for an empty, all-zero or non-finite sample.
         """
-        sample = self._rows(x).to(torch.float32)
-        if sample.shape[0] == 0:
-            raise ValueError("init_from_data: x must hold at least one token; got an empty tensor")
-        mean_square = sample.square().sum(1).mean()
-        if not math.isfinite(float(mean_square)) or float(mean_square) == 0.0:
-            raise ValueError(
-                f"init_from_data: x must be finite and not all zero; got a mean squared norm of {float(mean_square)}"
-            )
+        from .buffer import input_statistics  # brings the model side in, which loading an SAE does not need
+
+        statistics = input_statistics(self._rows(x))
         if fit_scale:
-            self.input_scale.copy_((self.config.d_in / mean_square).sqrt())
-        self.b_dec.copy_(geometric_median(sample * self.input_scale))
+            self.input_scale.fill_(statistics.scale)
+        self.b_dec.copy_(statistics.geometric_median * self.input_scale)
         return self
 
     # -- the code -----------------------------------------------------------------------------------------------------
@@ -245,8 +240,8 @@ class TopKSAE(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Writes `sae.safetensors` and `cfg.json` into the folder `path`; each file is replaced in one step.
 
-        Tensors: W_enc [F, d_in], b_enc [F], W_dec [F, d_in], b_dec [d_in] in the parameters' dtype, input_scale [] fp32.
-        Returns the folder.
+        Tensors: W_enc [F, d_in], b_enc [F], W_dec [F, d_in], b_dec [d_in] in the parameters' dtype, input_scale [] in
+        fp32. Returns the folder.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -287,28 +282,6 @@ class TopKSAE(nn.Module):
             setattr(sae, name, nn.Parameter(tensors[name].to(device=device, dtype=dtype)))
         sae.register_buffer("input_scale", tensors["input_scale"].to(device=device, dtype=torch.float32))
         return sae
-
-
-def geometric_median(x: Tensor, *, max_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """The point of least summed Euclidean distance to the rows of x [N, d]; returns [d] in fp32.
-
-    Weiszfeld's iteration from the mean, with distances bounded away from zero so that an iterate may sit on a sample. Stops
-    when the point moves by less than `tolerance` of the rows' mean distance.
-    """
-    x = x.to(torch.float32)
-    point = x.mean(0)
-    for _ in range(max_iterations):
-        distance = (x - point).norm(dim=1)
-        mean_distance = distance.mean()
-        if float(mean_distance) == 0.0:
-            break
-        weight = 1 / distance.clamp_min(1e-6 * mean_distance)
-        moved = (weight[:, None] * x).sum(0) / weight.sum()
-        shift = (moved - point).norm()
-        point = moved
-        if float(shift) <= tolerance * float(mean_distance):
-            break
-    return point
 
 
 def _read_config(path: Path) -> TopKSAEConfig:

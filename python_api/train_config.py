@@ -22,29 +22,33 @@ class TrainConfig:
     """Settings of a training run. Where no source is named the default is this project's own.
 
     What to train on:
-        model: "builtin", a folder, or a hub name; anything `AutoModelForCausalLM` loads whose layers have `self_attn.o_proj`.
-        data: "builtin", a file (.txt, .jsonl, .parquet), a folder of them, or a hub data set; field `text_field` of each row.
-        layers: decoder layers whose o_proj input is learned, one SAE each, all in one pass of the model.
-        context_length: tokens per packed sequence.  sequences: sequences per forward pass of the model.
-        buffer_tokens: tokens in the shuffle buffer; it takes buffer_tokens x d_in x layers x 4 bytes (2 in bf16).
-            None: 16 batches.
-        eval_tokens: held-out tokens for the evaluation at the end; they are set aside before training and never trained on.
+        model: "builtin", a folder, or a hub name: anything `AutoModelForCausalLM` loads whose layers have
+            `self_attn.o_proj`.
+        data: "builtin", a file (.txt, .jsonl, .parquet, .csv), a folder of such files, or the name of a hub data set.
+        text_field, split, data_config, streaming: which column, split and configuration of it; read it as a stream.
+        layers: decoder layers whose o_proj input is learned, one SAE each, all in one pass of the model. Empty: the
+            middle layer.
+        context_length: tokens per sequence.  sequences: sequences per forward pass of the model.
+        buffer_tokens: tokens in the shuffle buffer, at least 2 batches; it takes buffer_tokens x d_in x layers x 4 bytes
+            (2 in bf16). None: 8 batches.
+        eval_tokens: held-out tokens for the evaluation at the end, from documents that are never trained on.
         trust_remote_code: run Python code that comes with a hub model.
 
     The SAE (Gao et al., arXiv 2406.04093):
-        k: active latents per token.  expansion: latents per input dimension, F = expansion x d_in.  latents: F itself; it
-            overrides expansion.
+        k: active latents per token.  expansion: latents per input dimension, F = expansion x d_in.  latents: F itself;
+            it overrides expansion.
 
     Optimisation:
         tokens: training tokens in total.  batch_tokens: tokens per step.
-        lr: peak rate of Adam; None means 2e-4 (F / 16384)^-0.5, Gao et al. section 3 (their 1/sqrt(F) law).
+        lr: peak rate of Adam; None means 2e-4 (F / 16384)^-0.5, the 1/sqrt(F) law of Gao et al., section 3.
         warmup_fraction, decay_fraction: share of the steps that rise linearly from 0 and fall linearly to 0.
         betas, eps: Adam's.
-        aux_alpha, k_aux, dead_after_tokens: AuxK's weight, its number of latents (None: min(512, d_in // 2)), and how many
-            tokens without firing make a latent dead. Gao et al. A.2: 1/32, about d/2, 10M.
-        max_grad_norm: clip the gradient of each SAE to this global norm; None turns it off.
-        dtype: of the model and the activations. The SAE's weights and optimiser state are fp32 always; with bfloat16 on a
-            GPU the matrix products run in bf16 under autocast.
+        aux_alpha, k_aux, dead_after_tokens: AuxK's weight, its number of latents (None: d_in // 2), and how many tokens
+            without firing make a latent dead. Gao et al., A.2: 1/32, about d/2, 10M.
+        max_grad_norm: clip the gradient of each SAE to this global norm; None turns it off. Clipping needs the whole
+            gradient before the first weight may move, so the optimiser is then not fused into the backward pass.
+        dtype: of the model and the activations. The SAE's weights and optimiser state are always fp32; with bfloat16 on
+            a GPU the matrix products run in bf16 under autocast.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  backend: of the operators; None chooses.
         seed: of initialisation, document order and shuffling.
 
@@ -52,6 +56,9 @@ class TrainConfig:
         out: the run's folder.  checkpoint_every: steps between checkpoints, 0 for none but the last.
         keep_checkpoints: how many stay.  log_every: steps between log lines (one host synchronisation each).
         trackers: names for accelerate ("tensorboard", "wandb", ...).
+
+    Memory of a run: the model; 6 x F x d_in x 4 bytes per layer for the SAE and Adam's two moments (8 x with clipping,
+    which holds the gradient); the buffer as above.
     """
 
     model: str = "builtin"
@@ -59,6 +66,9 @@ class TrainConfig:
     layers: list[int] = field(default_factory=list)
     out: str = "sae-run"
     text_field: str = "text"
+    split: str = "train"
+    data_config: str | None = None
+    streaming: bool = False
     context_length: int = 128
     sequences: int = 16
     buffer_tokens: int | None = None
@@ -111,6 +121,11 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= least, f"be at least {least}")
         for name in ("latents", "k_aux", "buffer_tokens"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "be at least 1, or None")
+        self._require(
+            "buffer_tokens",
+            self.buffer_tokens is None or self.buffer_tokens >= 2 * self.batch_tokens,
+            f"be at least 2 batches = {2 * self.batch_tokens}, or None",
+        )
         self._require("layers", all(layer >= 0 for layer in self.layers), "be layer numbers from 0")
         for name in ("warmup_fraction", "decay_fraction"):
             self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
@@ -172,7 +187,7 @@ class TrainConfig:
         return cls(**values)
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """"name: mine (there: theirs)" for every setting that may not change on resume and does."""
+        """`name is mine (the run has theirs)` for every setting that may not change on resume and does."""
         mine, theirs = self.to_dict(), other.to_dict()
         return [
             f"{name} is {mine[name]!r} (the run has {theirs[name]!r})"

@@ -1,4 +1,4 @@
-"""SAETrainer: one SAE per layer from one stream of activations, with checkpoints that a killed run continues from bit for bit.
+"""SAETrainer: one SAE per layer from one stream of activations; a killed run continues from its checkpoint bit for bit.
 
     trainer = SAETrainer(config, batches)          batches yields {layer: x [batch_tokens, d_in]}
     saes = trainer.train()                         {layer: TopKSAE}
@@ -8,7 +8,7 @@ A step costs no host synchronisation: losses and firing counts stay on the devic
 A checkpoint `step_<n>/` holds
     training.json            format version, step, the whole TrainConfig, library versions
     layer_<l>/               the SAE as `TopKSAE.save_pretrained` writes it, so every checkpoint opens by itself
-    state.pt                 optimisers, dead-latent counters, the position in the data, random states; read with weights_only
+    state.pt                 optimisers, dead-latent counters, position in the data; read with weights_only
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _METRICS = ("loss", "mse", "aux_loss", "fvu", "l0")
 class ActivationSource(Protocol):
     """What the trainer needs of its data; `ActivationBuffer` is one, a test's generator another.
 
-    Iterating yields dicts {layer: x [batch_tokens, d_in]} without end or until the data is used up. `state_dict` must hold
-    only tensors, numbers, strings, lists, tuples, dicts and None, because checkpoints are read with weights_only.
+    Iterating yields dicts {layer: x [batch_tokens, d_in]} without end or until the data is used up. `state_dict` must
+    hold only tensors, numbers, strings, lists, tuples, dicts and None, because checkpoints are read with weights_only.
     """
 
     def __iter__(self) -> Iterator[dict[int, Tensor]]: ...
@@ -159,8 +159,8 @@ class SAETrainer:
     def train(self) -> dict[int, TopKSAE]:
         """Runs to `config.total_steps`, writes the last checkpoint, returns the SAEs.
 
-        Raises TrainingInterrupted after Ctrl-C or SIGTERM (a second Ctrl-C stops at once), TrainingDiverged when the loss is
-        not finite, and RuntimeError when the data ends before the tokens asked for.
+        Raises TrainingInterrupted after Ctrl-C or SIGTERM (a second Ctrl-C stops at once), TrainingDiverged when the
+        loss is not finite, and RuntimeError when the data ends before the tokens asked for.
         """
         config = self.config
         total = config.total_steps
@@ -244,7 +244,7 @@ class SAETrainer:
         self.step += 1
 
     def dead_fraction(self, layer: int) -> float:
-        """Share of the latents that did not fire in the last `dead_after_tokens` tokens, as of the tracker's last refresh."""
+        """Share of the latents that did not fire in the last `dead_after_tokens` tokens, as of the last refresh."""
         return self.dead[layer].fraction
 
     def _log_line(self, steps_per_second: float) -> dict[str, float]:
@@ -301,7 +301,7 @@ class SAETrainer:
         )
 
     def load_checkpoint(self, folder: Path) -> SAETrainer:
-        """Takes over everything from a checkpoint. ValueError when a setting that may not change differs; it names them all.
+        """Takes over everything from a checkpoint; ValueError names the settings that may not change and do.
 
         The continuation is bit for bit the uninterrupted run on the same machine, libraries and thread count.
         """
@@ -347,7 +347,7 @@ def _postfix(line: dict[str, float], layers: list[int]) -> str:
 
 
 class _TrainLog:
-    """The metrics as JSON lines. A resumed run first drops the lines after its checkpoint, which it will write again."""
+    """The metrics as JSON lines. A resumed run first drops the lines after its checkpoint: it will write them again."""
 
     def __init__(self, path: Path, keep_until: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
