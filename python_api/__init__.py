@@ -19,10 +19,10 @@ if __name__ != "refusal_kernels.python_api":
 _EXPORTS = {
     "AttentionGeometry": "hooks",
     "attention_geometry": "hooks",
-    "ablate_heads": "hooks",
-    "patch_heads": "hooks",
-    "scale_heads": "hooks",
-    "splice": "hooks",
+    "ablate_heads": "edits",
+    "patch_heads": "edits",
+    "scale_heads": "edits",
+    "splice": "edits",
     "Capture": "capture",
     "TokenStream": "tokens",
     "ActivationBuffer": "buffer",
@@ -37,7 +37,8 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from .buffer import ActivationBuffer, InputStatistics, geometric_median
     from .capture import Capture
-    from .hooks import AttentionGeometry, ablate_heads, attention_geometry, patch_heads, scale_heads, splice
+    from .edits import ablate_heads, patch_heads, scale_heads, splice
+    from .hooks import AttentionGeometry, attention_geometry
     from .sae import TopKSAE, TopKSAEConfig
     from .tokens import TokenStream
     from .trainer import SAETrainer, TrainConfig
@@ -56,4 +57,20 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS})
 
 
-__all__ = sorted(_EXPORTS)
+__all__ = [
+    "ActivationBuffer",
+    "AttentionGeometry",
+    "Capture",
+    "InputStatistics",
+    "SAETrainer",
+    "TokenStream",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "TrainConfig",
+    "ablate_heads",
+    "attention_geometry",
+    "geometric_median",
+    "patch_heads",
+    "scale_heads",
+    "splice",
+]

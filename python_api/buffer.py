@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .capture import capture
 from .documents import permutation
-from .hooks import HeadSelection, attention_geometry, o_proj_of, resolve_heads, resolve_layers
+from .hooks import HeadSelection, attention_geometry, o_proj_modules, resolve_heads, resolve_layers
 from .tokens import TokenStream
 
 _STATE_VERSION = 1
@@ -76,7 +76,7 @@ def geometric_median(x: Tensor, max_iterations: int = 100, rtol: float = 1e-6) -
             break
         apart = distance > 1e-12 * spread
         weight = torch.where(apart, 1.0 / distance.clamp_min(1e-300), torch.zeros_like(distance))
-        pull = (weight[:, None] * difference).sum(0)  # minus the gradient of the summed distance, without coincident rows
+        pull = (weight[:, None] * difference).sum(0)  # minus the gradient, without the coincident rows
         coincident = float((~apart).sum())
         strength = float(pull.norm())
         # A row under the point holds it back with a force of up to 1 (Vardi & Zhang's eta over r).
@@ -102,7 +102,7 @@ def input_statistics(x: Tensor, median_tokens: int = 4096) -> InputStatistics:
     mean = total / n
     mean_square = square / n
     if not math.isfinite(mean_square) or mean_square <= 0.0:
-        raise ValueError(f"x: expected finite activations that are not all zero, got a mean square norm of {mean_square}")
+        raise ValueError(f"x: expected finite activations, not all zero; got a mean square norm of {mean_square}")
     step = max(1, n // median_tokens)
     return InputStatistics(
         n_tokens=n,
@@ -127,7 +127,7 @@ class ActivationBuffer:
 
     Args:
         model: transformers causal LM with ``self_attn.o_proj``.
-        stream: a :class:`~refusal_kernels.python_api.tokens.TokenStream` of its tokenizer. The buffer owns its position.
+        stream: a :class:`~refusal_kernels.python_api.tokens.TokenStream` of its tokenizer; the buffer moves it.
         layers: layers to capture, in one pass; None for all.
         batch_tokens: tokens of a batch.
         buffer_tokens: tokens to mix over, at least ``2 * batch_tokens``; rounded so that a chunk (two thirds of it)
@@ -145,6 +145,10 @@ class ActivationBuffer:
     On a CPU the same arguments give the same bits (with the same number of threads), also after
     :meth:`load_state_dict`.
     """
+
+    _cursor: int
+    _left: Tensor
+    _ended: bool
 
     def __init__(
         self,
@@ -167,7 +171,9 @@ class ActivationBuffer:
             if value < least:
                 raise ValueError(f"{name}: expected {least} or more, got {value}")
         if not isinstance(buffer_tokens, int) or buffer_tokens < 2 * batch_tokens:
-            raise ValueError(f"buffer_tokens: expected an int of at least 2 * batch_tokens = {2 * batch_tokens}, got {buffer_tokens!r}")
+            raise ValueError(
+                f"buffer_tokens: expected an int, at least 2 * batch_tokens = {2 * batch_tokens}, got {buffer_tokens!r}"
+            )
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
         self.model, self.stream = model, stream
@@ -208,7 +214,7 @@ class ActivationBuffer:
 
     def _start_over(self) -> None:
         self._generation = -1  # of the current block; -1: nothing was read yet
-        self._block = torch.empty(0, dtype=torch.int64)  # rows of the storage, in the order they are read out
+        self._block: Tensor = torch.empty(0, dtype=torch.int64)  # rows of the storage, in the order they are read out
         self._cursor = 0
         self._left = torch.empty(0, dtype=torch.int64)  # rows kept for the next block
         self._origins: dict[int, _Origin] = {}  # of the chunk before and the current one
@@ -242,8 +248,8 @@ class ActivationBuffer:
         self._primed = True
 
     def _allocate(self) -> None:
-        for layer in self.layers:
-            parameter = next(iter(o_proj_of(self.model, layer).parameters()))
+        for layer, o_proj in o_proj_modules(self.model, self.layers).items():
+            parameter = next(iter(o_proj.parameters()))
             dtype = self._dtype or (parameter.dtype if parameter.is_floating_point() else torch.float32)
             device = self._device or (parameter.device if not parameter.is_meta else "cpu")
             self._storage[layer] = torch.zeros((self.buffer_tokens, self.d_in[layer]), dtype=dtype, device=device)
@@ -291,7 +297,7 @@ class ActivationBuffer:
             "first tokens are left out)"
         )
 
-    def _wanted(self, batch: dict[str, Any]) -> Tensor | None:
+    def _wanted(self, batch: dict[str, Any]) -> Tensor:
         """The tokens to keep: no padding and, if asked, no first tokens."""
         ids: Tensor = batch["input_ids"]
         mask = batch.get("attention_mask")

@@ -18,19 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .edits import ablate_heads, patch_heads, scale_heads, splice
 from .hooks import (
     AttentionGeometry,
     HeadSelection,
     Positions,
-    ablate_heads,
     attention_geometry,
     head_columns,
     hook_z,
-    patch_heads,
+    o_proj_modules,
     resolve_heads,
     resolve_layers,
-    scale_heads,
-    splice,
     token_mask,
 )
 
@@ -196,8 +194,8 @@ def capture(
             stack.callback(_set_training, training)
             for module in training:  # not model.eval(): wrappers may override it
                 module.training = False
-        for layer in chosen:
-            stack.callback(hook_z(model, layer, partial(cap._record, layer)).remove)
+        for layer, module in o_proj_modules(model, chosen).items():
+            stack.callback(hook_z(module, partial(cap._record, layer)).remove)
         yield cap
 
 

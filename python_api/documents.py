@@ -3,7 +3,7 @@
 Every source becomes a :class:`Documents`: an object that can replay epoch e from document n on. That is all a resumable
 stream needs, whatever the source keeps inside: indexed sources jump, streamed ones read on and discard.
 
-Nothing from a stranger is executed: ``datasets`` from version 4 on, which this package requires, runs no loading scripts.
+Nothing from a stranger is executed: ``datasets`` >= 4, which this package requires, runs no loading scripts.
 """
 
 from __future__ import annotations
@@ -37,8 +37,13 @@ _PEEK = 1 << 20  # bytes of a text file read to see whether it has blank lines
 class Documents(Protocol):
     """A replayable sequence of texts per epoch."""
 
-    name: str
-    n_documents: int | None  # per epoch; None when unknown before reading (streaming)
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def n_documents(self) -> int | None:
+        """Documents of an epoch; None when unknown before reading (streaming)."""
+        ...
 
     def epoch(self, epoch: int, start: int) -> Iterator[str]:
         """The texts of ``epoch`` in that epoch's order, beginning with number ``start``."""
@@ -63,7 +68,8 @@ class ListDocuments:
     """A list of strings, or any indexable source of them."""
 
     def __init__(self, texts: Sequence[str], name: str, shuffle: bool, seed: int) -> None:
-        self.name, self.n_documents = name, len(texts)
+        self.name: str = name
+        self.n_documents: int = len(texts)
         self._texts, self._shuffle, self._seed = texts, shuffle, seed
 
     def epoch(self, epoch: int, start: int) -> Iterator[str]:
@@ -76,12 +82,13 @@ class TableDocuments:
     """One column of an indexed ``datasets.Dataset``, read in slices."""
 
     def __init__(self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int) -> None:
-        self.name, self.n_documents = name, int(dataset.num_rows)
+        self.name: str = name
+        self.n_documents: int = int(dataset.num_rows)
         self._column, self._shuffle, self._seed = text_field, shuffle, seed
         self._dataset = dataset.with_format(None).select_columns([text_field])
 
     def epoch(self, epoch: int, start: int) -> Iterator[str]:
-        n = int(self.n_documents or 0)
+        n = self.n_documents
         order = permutation(n, self._seed, epoch) if self._shuffle else torch.arange(n)
         for rows in order[start:].split(256):
             for row, text in zip(rows.tolist(), self._dataset[rows.tolist()][self._column], strict=True):
@@ -92,7 +99,8 @@ class StreamedDocuments:
     """One column of a ``datasets.IterableDataset``; resuming reads on from the beginning of the epoch and discards."""
 
     def __init__(self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, window: int) -> None:
-        self.name, self.n_documents = name, None
+        self.name: str = name
+        self.n_documents: None = None
         self._column = text_field
         # datasets' own windowed shuffle; its order depends on seed + epoch only.
         self._dataset = dataset.shuffle(seed=seed, buffer_size=window) if shuffle else dataset
@@ -108,7 +116,9 @@ class BuiltinDocuments:
     """The built-in model's corpus: every epoch is a fresh draw of ``n_documents`` documents."""
 
     def __init__(self, n_documents: int, seed: int) -> None:
-        self.name, self.n_documents, self._seed = "builtin", n_documents, seed
+        self.name: str = "builtin"
+        self.n_documents: int = n_documents
+        self._seed = seed
 
     def epoch(self, epoch: int, start: int) -> Iterator[str]:
         from .builtin_model import corpus
@@ -141,6 +151,8 @@ def open_documents(
     """
     if sample_by not in ("auto", "line", "paragraph", "document"):
         raise ValueError(f"sample_by: expected 'auto', 'line', 'paragraph' or 'document', got {sample_by!r}")
+    if callable(getattr(source, "epoch", None)) and hasattr(source, "n_documents"):
+        return source  # a Documents of the caller's own, taken as it is
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         if text == "builtin":
@@ -221,7 +233,7 @@ def _load_local(path: Path, split: str, streaming: bool, sample_by: SampleBy, ca
         raise ValueError(f"source: expected a file ending in one of {known} (or compressed), got {got}: {path}")
     if len(by_builder) > 1:
         found = ", ".join(f"{len(v)} {k}" for k, v in sorted(by_builder.items()))
-        raise ValueError(f"source: expected one kind of file in {path}, got {found}; pass one file or a folder of one kind")
+        raise ValueError(f"source: expected one kind of file in the folder, got {found}; pass one file: {path}")
     builder, chosen = next(iter(by_builder.items()))
     if all(file.stat().st_size == 0 for file in chosen):
         raise ValueError(f"source: {path} is empty")
@@ -272,4 +284,3 @@ def _innermost(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__
-

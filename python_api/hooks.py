@@ -3,24 +3,21 @@
 z is what the heads write before the output projection mixes them: for every token the concatenation of the heads'
 outputs, ``[..., n_heads * head_dim]``. Head i owns columns ``i * head_dim … (i + 1) * head_dim``. Under grouped-query
 attention there are fewer key/value heads than query heads; z always has the *query* heads. head_dim need not be
-``d_model / n_heads`` (Gemma, Mistral-Nemo, Qwen3), so it is read off o_proj's input width and never computed from d_model.
+``d_model / n_heads`` (Gemma, Mistral-Nemo, Qwen3), so it is read off o_proj's input width.
 
-Everything that changes z is a context manager made of ordinary forward pre-hooks on ``o_proj``: :func:`scale_heads`,
-:func:`ablate_heads`, :func:`patch_heads`, :func:`splice`. They compose by nesting, in the order in which they are
-entered: an inner context receives z as the outer ones left it. They are differentiable (nothing is done in place),
-and on leaving, also by an exception, only their own hooks are removed.
+The readers are in ``capture``, the writers in ``edits``; both are ordinary forward pre-hooks made here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Positions: TypeAlias = "Tensor | slice | Sequence[int] | Literal['unmasked'] | None"
 """Which tokens an edit touches.
@@ -106,7 +103,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and any(_o_proj(layer) is not None for layer in module)
     ]
     if not stacks:
-        found = sorted({n.rsplit(".", 1)[-1] for n, _ in model.named_modules() if n.endswith(("_proj", "c_proj", "dense"))})
+        names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        found = sorted(name for name in names if name.endswith(("_proj", "dense")))
         hint = f"; its projections are called {', '.join(found)}" if found else ""
         raise ValueError(f"model: {type(model).__name__} has no layer with self_attn.o_proj{hint}")
     if len(stacks) > 1:  # a vision or audio tower beside the language model
@@ -162,27 +160,35 @@ def attention_geometry(model: nn.Module) -> AttentionGeometry:
     return AttentionGeometry(len(layers), n_heads, int(n_kv_heads), tuple(head_dims), d_model)
 
 
-def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
-    """The ``o_proj`` module of decoder layer ``layer``.
+def o_proj_modules(model: nn.Module, layers: Iterable[int]) -> dict[int, nn.Module]:
+    """The ``o_proj`` modules of decoder ``layers``, by layer, from one walk over the model.
 
     Raises:
-        TypeError: ``layer`` is not an int.
+        TypeError: a layer is not an int.
         ValueError: out of range, the layer has none, or its weights are on the meta device (nothing was loaded).
     """
-    layers = decoder_layers(model)
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer: expected an int, got {layer!r}")
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer: expected 0 <= layer < {len(layers)} ({type(model).__name__}), got {layer}")
-    o_proj = _o_proj(layers[layer])
-    if o_proj is None:
-        raise ValueError(f"layer: layer {layer} ({type(layers[layer]).__name__}) has no self_attn.o_proj")
-    # Accelerate keeps off-loaded weights on meta between calls and brings them in by its own hook: that is fine.
-    if any(p.is_meta for p in o_proj.parameters()) and not any(hasattr(m, "_hf_hook") for m in o_proj.modules()):
-        raise ValueError(
-            f"model: weights of layer {layer} are on the meta device; load them (from_pretrained) before running"
-        )
-    return o_proj
+    stack = decoder_layers(model)
+    found: dict[int, nn.Module] = {}
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer: expected an int, got {layer!r}")
+        if not 0 <= layer < len(stack):
+            raise ValueError(f"layer: expected 0 <= layer < {len(stack)} ({type(model).__name__}), got {layer}")
+        o_proj = _o_proj(stack[layer])
+        if o_proj is None:
+            raise ValueError(f"layer: layer {layer} ({type(stack[layer]).__name__}) has no self_attn.o_proj")
+        # Accelerate keeps off-loaded weights on meta between calls and brings them in by its own hook: that is fine.
+        if any(p.is_meta for p in o_proj.parameters()) and not any(hasattr(m, "_hf_hook") for m in o_proj.modules()):
+            raise ValueError(
+                f"model: weights of layer {layer} are on the meta device; load them (from_pretrained) before running"
+            )
+        found[layer] = o_proj
+    return found
+
+
+def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
+    """The ``o_proj`` module of one decoder layer; errors as :func:`o_proj_modules`."""
+    return o_proj_modules(model, [layer])[layer]
 
 
 def resolve_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
@@ -196,8 +202,7 @@ def resolve_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
     if isinstance(layers, (int, str)) or not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected a sequence of ints, got {layers!r}")
     chosen = list(layers)
-    for layer in chosen:
-        o_proj_of(model, layer)
+    o_proj_modules(model, chosen)
     if not chosen:
         raise ValueError("layers: expected at least one layer, got none")
     if len(set(chosen)) != len(chosen):
@@ -255,8 +260,8 @@ def head_columns(head_dim: int, heads: Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------- hooking z
 
 
-def hook_z(model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor | None]) -> Any:
-    """Register ``edit`` on the input of o_proj of ``layer``; returns torch's removable handle.
+def hook_z(o_proj: nn.Module, edit: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Register ``edit`` on the input of ``o_proj``.
 
     ``edit`` gets z ``[batch, tokens, n_heads * head_dim]`` and returns its replacement, or None to leave it alone.
     """
@@ -270,10 +275,10 @@ def hook_z(model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor | None]
         new = edit(kwargs[name])
         return None if new is None else (args, {**kwargs, name: new})
 
-    return o_proj_of(model, layer).register_forward_pre_hook(pre_hook, with_kwargs=True)
+    return o_proj.register_forward_pre_hook(pre_hook, with_kwargs=True)
 
 
-class _Tokens:
+class TokenSelector:
     """Resolves :data:`Positions` against the z of the running forward to a bool mask ``[batch, tokens]`` or None."""
 
     def __init__(self, positions: Positions) -> None:
@@ -282,7 +287,7 @@ class _Tokens:
         if isinstance(positions, str) and positions != "unmasked":
             raise ValueError(f"positions: expected None, a mask, a slice, integers or 'unmasked', got {positions!r}")
 
-    def watch(self, model: nn.Module) -> Any | None:
+    def watch(self, model: nn.Module) -> RemovableHandle | None:
         """For ``"unmasked"``: remember the attention_mask of every call of the model."""
         if not (isinstance(self.positions, str) and self.positions == "unmasked"):
             return None
@@ -334,222 +339,19 @@ def token_mask(mask: Tensor, batch: int, tokens: int, device: torch.device, name
         raise ValueError(f"{name}: expected shape [{batch}, {tokens}] (or [{tokens}]), got {list(mask.shape)}")
     if mask.dtype != torch.bool:
         if bool(((mask != 0) & (mask != 1)).any()):
-            raise ValueError(f"{name}: expected a bool or 0/1 mask over tokens, got other integers; pass a list of positions")
+            raise ValueError(f"{name}: expected a bool or 0/1 mask over tokens, got other integers; use a list of ints")
         mask = mask != 0
     return mask[:, -tokens:].to(device).expand(batch, tokens)
 
 
 @contextmanager
-def edit_z(model: nn.Module, edits: Mapping[int, ZEdit], positions: Positions = None) -> Iterator[None]:
-    """Replace z by ``edits[layer](z)`` at ``positions``, elsewhere keep it: the common part of all edits below."""
-    tokens = _Tokens(positions)
-
-    def at_positions(edit: ZEdit) -> ZEdit:
-        def run(z: Tensor) -> Tensor:
-            mask = tokens(z)
-            new = edit(z)
-            # where(), not a multiplication by the mask: untouched tokens keep their bits, and inf stays inf.
-            return new if mask is None else torch.where(mask[..., None], new, z)
-
-        return run
-
-    with _hooked(model, {layer: at_positions(edit) for layer, edit in edits.items()}, tokens):
-        yield
-
-
-@contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[int, ZEdit], tokens: _Tokens) -> Iterator[None]:
-    for layer in hooks:
-        o_proj_of(model, layer)  # every error before the first hook
+def hooked(model: nn.Module, hooks: Mapping[int, ZEdit], selector: TokenSelector) -> Iterator[None]:
+    """Run ``hooks[layer]`` on z inside the context; every error comes before the first hook is registered."""
+    modules = o_proj_modules(model, hooks)
     with ExitStack() as stack:
-        watcher = tokens.watch(model)
+        watcher = selector.watch(model)
         if watcher is not None:
             stack.callback(watcher.remove)
         for layer, hook in hooks.items():
-            stack.callback(hook_z(model, layer, hook).remove)
+            stack.callback(hook_z(modules[layer], hook).remove)
         yield
-
-
-# ------------------------------------------------------------------------------------------------- the edits
-
-
-def _per_layer(argument: Any, name: str) -> Mapping[int, Any]:
-    if not isinstance(argument, Mapping) or not argument:
-        raise TypeError(f"{name}: expected a non-empty dict keyed by layer, got {argument!r}")
-    return argument
-
-
-def scale_heads(
-    model: nn.Module, factors: Mapping[int, Mapping[int, float | Tensor]], positions: Positions = None
-) -> AbstractContextManager[None]:
-    """Context manager: multiply the z of single heads.
-
-    Args:
-        model: transformers causal LM.
-        factors: ``{layer: {head: factor}}``; a factor is a float or a 0-dim tensor, through which gradients flow.
-        positions: tokens to touch, see :data:`Positions`.
-
-    Equivalent to: multiplying columns ``head * head_dim … (head + 1) * head_dim`` of ``o_proj.weight`` by the factor
-    (when ``positions`` is None).
-
-    Raises:
-        TypeError, ValueError: bad layer, head, factor (on entering) or positions (when the model runs).
-    """
-    geometry = attention_geometry(model)
-    edits: dict[int, ZEdit] = {}
-    for layer, per_head in _per_layer(factors, "factors").items():
-        o_proj_of(model, layer)
-        if not isinstance(per_head, Mapping):
-            raise TypeError(f"factors: expected {{head: factor}} for layer {layer}, got {per_head!r}")
-        scale = {check_head(geometry, layer, head): factor for head, factor in per_head.items()}
-        for head, factor in scale.items():
-            if isinstance(factor, Tensor) and factor.dim() != 0:
-                raise ValueError(f"factors: expected a 0-dim tensor for head {head}, got shape {list(factor.shape)}")
-            if not isinstance(factor, (int, float, Tensor)) or isinstance(factor, bool):
-                raise TypeError(f"factors: expected a float or tensor for head {head}, got {factor!r}")
-        edits[layer] = _scaler(scale, geometry.n_heads, geometry.head_dims[layer])
-    return edit_z(model, edits, positions)
-
-
-def _scaler(scale: Mapping[int, float | Tensor], n_heads: int, head_dim: int) -> ZEdit:
-    def edit(z: Tensor) -> Tensor:
-        one = torch.ones((), dtype=z.dtype, device=z.device)
-        per_head = torch.stack([torch.as_tensor(scale.get(h, one)).to(one) for h in range(n_heads)])
-        return z * per_head.repeat_interleave(head_dim)
-
-    return edit
-
-
-def ablate_heads(
-    model: nn.Module, heads: Mapping[int, Sequence[int]], positions: Positions = None
-) -> AbstractContextManager[None]:
-    """Context manager: set the z of whole heads to zero.
-
-    Args:
-        model: transformers causal LM.
-        heads: ``{layer: [head, …]}``.
-        positions: tokens to touch, see :data:`Positions`.
-
-    Equivalent to: zeroing the heads' columns of ``o_proj.weight`` (when ``positions`` is None). Unlike a factor of 0
-    it also removes inf and NaN.
-    """
-    geometry = attention_geometry(model)
-    layers = list(_per_layer(heads, "heads"))
-    for layer in layers:
-        o_proj_of(model, layer)
-    edits: dict[int, ZEdit] = {}
-    for layer, chosen in resolve_heads(model, layers, heads).items():
-        columns = torch.zeros(geometry.n_heads * geometry.head_dims[layer], dtype=torch.bool)
-        if chosen is None:
-            columns[:] = True
-        else:
-            columns[head_columns(geometry.head_dims[layer], chosen)] = True
-        edits[layer] = partial(_zero_columns, columns)
-    return edit_z(model, edits, positions)
-
-
-def _zero_columns(columns: Tensor, z: Tensor) -> Tensor:
-    return z.masked_fill(columns.to(z.device), 0.0)
-
-
-def patch_heads(
-    model: nn.Module, values: Mapping[int, Tensor | Mapping[int, Tensor]], positions: Positions = None
-) -> AbstractContextManager[None]:
-    """Context manager: replace the z of heads, or of whole layers, by given values (activation patching).
-
-    Args:
-        model: transformers causal LM.
-        values: ``{layer: {head: v}}`` with v broadcastable to ``[batch, tokens, head_dim]`` (a mean ``[head_dim]``, or
-            another run's activations), or ``{layer: v}`` with v broadcastable to ``[batch, tokens, n_heads*head_dim]``.
-        positions: tokens to touch, see :data:`Positions`.
-
-    Raises:
-        TypeError, ValueError: bad layer or head (on entering), or a shape that does not broadcast (when the model runs).
-    """
-    geometry = attention_geometry(model)
-    edits: dict[int, ZEdit] = {}
-    for layer, given in _per_layer(values, "values").items():
-        o_proj_of(model, layer)
-        h = geometry.head_dims[layer]
-        if isinstance(given, Tensor):
-            edits[layer] = _patcher({None: given}, h, layer)
-        elif isinstance(given, Mapping):
-            edits[layer] = _patcher({check_head(geometry, layer, k): v for k, v in given.items()}, h, layer)
-        else:
-            raise TypeError(f"values: expected a tensor or {{head: tensor}} for layer {layer}, got {given!r}")
-    return edit_z(model, edits, positions)
-
-
-def _patcher(values: Mapping[int | None, Tensor], head_dim: int, layer: int) -> ZEdit:
-    def edit(z: Tensor) -> Tensor:
-        pieces = list(z.split(head_dim, dim=-1))
-        for head, value in values.items():
-            target = z if head is None else pieces[head]
-            try:
-                new = value.to(device=z.device, dtype=z.dtype).expand(target.shape)
-            except RuntimeError:
-                what = "the whole z" if head is None else f"head {head}"
-                raise ValueError(
-                    f"values: expected a tensor that broadcasts to {list(target.shape)} for {what} of layer {layer}, "
-                    f"got {list(value.shape)}"
-                ) from None
-            if head is None:
-                return new
-            pieces[head] = new
-        return torch.cat(pieces, dim=-1)
-
-    return edit
-
-
-@contextmanager
-def splice(
-    model: nn.Module,
-    functions: Mapping[int, ZEdit],
-    positions: Positions = None,
-    heads: HeadSelection = None,
-) -> Iterator[None]:
-    """Context manager: replace z by ``functions[layer](z)``, for instance by a sparse autoencoder's reconstruction.
-
-    Args:
-        model: transformers causal LM.
-        functions: ``{layer: f}``. f receives z ``[batch, tokens, d]`` (without ``positions``) or only the touched
-            tokens ``[n, d]`` (with), and returns the same shape in any floating dtype; gradients flow through it.
-            d is ``n_heads * head_dim``, or ``len(heads) * head_dim`` under a selection.
-        positions: tokens to touch, see :data:`Positions`; ``"unmasked"`` leaves padding alone.
-        heads: as in :func:`~refusal_kernels.python_api.capture.capture`: f sees and replaces only these heads' columns.
-
-    An f that returns its argument leaves the logits bit for bit as they were.
-    """
-    geometry = attention_geometry(model)
-    layers = list(_per_layer(functions, "functions"))
-    for layer in layers:
-        o_proj_of(model, layer)
-        if not callable(functions[layer]):
-            raise TypeError(f"functions: expected a callable for layer {layer}, got {functions[layer]!r}")
-    selection = resolve_heads(model, layers, heads)
-    tokens = _Tokens(positions)
-    hooks = {
-        layer: _splicer(functions[layer], tokens, selection[layer], geometry.head_dims[layer], layer) for layer in layers
-    }
-    with _hooked(model, hooks, tokens):
-        yield
-
-
-def _splicer(function: ZEdit, tokens: _Tokens, heads: list[int] | None, head_dim: int, layer: int) -> ZEdit:
-    columns = None if heads is None else head_columns(head_dim, heads)
-
-    def edit(z: Tensor) -> Tensor:
-        mask = tokens(z)
-        x = z if mask is None else z[mask]
-        at = None if columns is None else columns.to(z.device)
-        part = x if at is None else x.index_select(-1, at)
-        new = function(part)
-        if not isinstance(new, Tensor) or new.shape != part.shape:
-            got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise ValueError(f"functions: expected a tensor {list(part.shape)} from layer {layer}'s function, got {got}")
-        new = new.to(device=z.device, dtype=z.dtype)
-        if at is not None:
-            new = x.index_copy(x.dim() - 1, at, new)
-        return new if mask is None else z.index_put((mask,), new)
-
-    return edit
