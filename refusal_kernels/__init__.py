@@ -4,8 +4,8 @@
     values, indices = rk.topk_encode(x, W_enc, b_enc, k, b_dec)
     x_hat = rk.sparse_decode(values, indices, W_dec, b_dec)
 
-Importing this package needs torch alone; Triton and the compiled extension are loaded by the first call that uses them, and
-`refusal_kernels.python_api` (SAE, capture, training, command line) by those who import it.
+Importing this package needs torch alone; Triton and the compiled extension are loaded by the first call that uses
+them, and `refusal_kernels.python_api` (SAE, capture, training, command line) by those who import it.
 """
 
 from .backends import BackendError, last_backend, use_backend

@@ -1,7 +1,7 @@
 """Argument checks shared by every operator: one clear error that names the argument, the expectation and what came.
 
-They run on the host, look at shapes, dtypes and devices only (never at values, which would synchronise a GPU), and cost a few
-microseconds. Wrong values in a tensor are the business of the operator that reads them.
+They run on the host, look at shapes, dtypes and devices only (never at values, which would synchronise a GPU), and
+cost a few microseconds. Wrong values in a tensor are the business of the operator that reads them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 
 def check_k(op: str, k: Any, n_latents: int, name: str = "k", meaning: str = "F = W_enc.shape[0]") -> int:
     """`k` as a plain int with 1 <= k <= F."""
-    if isinstance(k, bool) or isinstance(k, (float, torch.Tensor)):
+    if isinstance(k, (bool, float, torch.Tensor)):
         raise TypeError(f"{op}: {name} must be an integer; got {describe(k)}")
     try:
         k = operator.index(k)
@@ -70,9 +70,7 @@ def check_k(op: str, k: Any, n_latents: int, name: str = "k", meaning: str = "F 
     return k
 
 
-def check_encoder(
-    op: str, x: Any, W_enc: Any, b_enc: Any, b_dec: Any, *, x_name: str = "x"
-) -> tuple[int, int]:
+def check_encoder(op: str, x: Any, W_enc: Any, b_enc: Any, b_dec: Any, *, x_name: str = "x") -> tuple[int, int]:
     """Checks x [..., d], W_enc [F, d], b_enc [F] and b_dec [d] or None; returns (F, d)."""
     check_tensor(op, x_name, x, FLOAT_DTYPES, min_dim=1)
     check_tensor(op, "W_enc", W_enc, FLOAT_DTYPES)
@@ -82,7 +80,8 @@ def check_encoder(
     n_latents, d = W_enc.shape
     if x.shape[-1] != d:
         raise ValueError(
-            f"{op}: the last dimension of {x_name} must be d = W_enc.shape[1] = {d}; got {x_name} of shape {tuple(x.shape)}"
+            f"{op}: the last dimension of {x_name} must be d = W_enc.shape[1] = {d}; "
+            f"got {x_name} of shape {tuple(x.shape)}"
         )
     check_shape(op, "b_enc", b_enc, (n_latents,), "[F]")
     if b_dec is not None:
@@ -128,9 +127,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def matmul_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of a matrix product's operands: the promoted dtype, or under autocast the autocast dtype (never for fp64).
+    """The dtype of a matrix product's operands: the promoted dtype, or (never for fp64) the autocast dtype.
 
-    The rule of torch.nn.functional.linear under `torch.autocast`, plus promotion where linear would refuse mixed dtypes.
+    The rule of torch.nn.functional.linear under `torch.autocast`, plus promotion where linear would refuse mixed
+    dtypes.
     """
     dtype = dtypes[0]
     for other in dtypes[1:]:

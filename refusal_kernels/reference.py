@@ -1,8 +1,9 @@
-"""Every primitive in plain PyTorch: what the kernels compute, readable, on any device and in any float dtype, fp64 included.
+"""Every primitive in plain PyTorch: what the kernels compute, on any device and in any float dtype.
 
-This is the oracle of the tests and the back-end of last resort. It is dense on purpose: it builds the [N, F] code matrix that
-the kernels exist to avoid, so that each function is the equation it stands for. Shapes: x [N, d], W_enc and W_dec [F, d],
-b_enc [F], b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs) and rounded once at the end.
+This is the oracle of the tests and the back-end of last resort. It is dense on purpose: it builds the [N, F] code
+matrix that the kernels exist to avoid, so that each function is the equation it stands for. Shapes: x [N, d], W_enc
+and W_dec [F, d], b_enc [F], b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs)
+and rounded once at the end.
 
 Source of the equations: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.2.
 """
@@ -26,9 +27,7 @@ def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return x if b_dec is None else x - b_dec.to(x.dtype)
 
 
-def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None) -> tuple[Tensor, Tensor]:
     """values [N, k], indices [N, k] int64: the k largest of relu((x - b_dec) W_enc^T + b_enc), ties to the lower index.
 
     A stable descending sort is the whole contract: NaN sorts first, zeros (and -0) tie and so fill up with the lowest
@@ -126,8 +125,9 @@ def adam_rows(
 ) -> None:
     """One step of torch.optim.Adam on the rows of W [F, d], in place; m and v are its exp_avg and exp_avg_sq.
 
-    `remove_parallel` takes <g, w> w / ||w||^2 out of each row's gradient first; `unit_norm` divides each row by its norm
-    afterwards. Rows of zero norm are left as they are by both. `grad_scale` is a 0-dim tensor (gradient clipping) or None.
+    `remove_parallel` takes <g, w> w / ||w||^2 out of each row's gradient first; `unit_norm` divides each row by its
+    norm afterwards. Rows of zero norm are left as they are by both. `grad_scale` is a 0-dim tensor (gradient clipping)
+    or None.
     """
     g = g.to(m.dtype)
     if remove_parallel:

@@ -17,7 +17,7 @@ ALL_DTYPES = (torch.float32, torch.float64, *LOW)
 
 
 def expected_selection(pre: torch.Tensor, k: int) -> list[list[int]]:
-    """The k best latents of each row by the contract, in plain Python: NaN, then value descending, then index ascending."""
+    """The k best latents of each row by the contract, in plain Python: NaN, value descending, index ascending."""
 
     def key(item: tuple[int, float]) -> tuple[bool, float, int]:
         index, value = item
@@ -42,13 +42,21 @@ def _seed_and_poison():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize(("n", "d", "f", "k"), [(3, 5, 7, 2), (9, 16, 64, 8), (17, 33, 130, 130), (1, 1, 1, 1), (65, 8, 1025, 31)])
+@pytest.mark.parametrize(
+    ("n", "d", "f", "k"), [(3, 5, 7, 2), (9, 16, 64, 8), (17, 33, 130, 130), (1, 1, 1, 1), (65, 8, 1025, 31)]
+)
 def test_encode_selects_exactly(backend, dtype, n, d, f, k):
-    x, W, b, b_dec = integers(n, d, dtype=dtype), integers(f, d, dtype=dtype), integers(f, dtype=dtype), integers(d, dtype=dtype)
+    x, W, b, b_dec = (
+        integers(n, d, dtype=dtype),
+        integers(f, d, dtype=dtype),
+        integers(f, dtype=dtype),
+        integers(d, dtype=dtype),
+    )
     values, indices = rk.topk_encode(x, W, b, k, b_dec, backend=backend)
     pre = (x.double() - b_dec.double()) @ W.double().T + b.double()
     assert rk.last_backend("topk_encode") == backend
-    assert indices.dtype == torch.int64 and values.dtype == dtype
+    assert indices.dtype == torch.int64
+    assert values.dtype == dtype
     assert indices.tolist() == expected_selection(pre, k)
     assert torch.equal(values.double(), pre.relu().gather(1, indices).to(dtype).double())
 
@@ -71,7 +79,8 @@ def test_encode_special_values(backend):
         values, indices = rk.topk_encode(torch.zeros(1, 6), torch.eye(6), row, 4, backend=backend)
         rows.append((values[0], indices[0]))
     assert [i.tolist() for _, i in rows] == [[1, 3, 2, 5], [0, 1, 2, 3], [4, 0, 1, 2], [0, 1, 2, 3], [3, 4, 1, 0]]
-    assert rows[0][0].isnan().tolist() == [True, True, False, False] and rows[0][0][2] == inf
+    assert rows[0][0].isnan().tolist() == [True, True, False, False]
+    assert rows[0][0][2] == inf
     assert rows[1][0].tolist() == [0, 0, 0, 0]
     assert rows[2][0].tolist() == [3, 0, 0, 0]
     assert rows[4][0].tolist() == [inf, inf, 1, 0]
@@ -81,14 +90,16 @@ def test_encode_special_values(backend):
 def test_encode_survives_rows_in_the_order_worst_for_a_filter(backend):
     # Ascending rows: every element beats all before it. Descending, constant and clustered rows beside them.
     f, k = 5000, 37
-    pre = torch.stack([torch.arange(f).float(), torch.arange(f).flip(0).float(), torch.full((f,), 2.0), torch.arange(f) // 100 % 7.0])
+    pre = torch.stack(
+        [torch.arange(f).float(), torch.arange(f).flip(0).float(), torch.full((f,), 2.0), torch.arange(f) // 100 % 7.0]
+    )
     values, indices = rk.topk_encode(torch.eye(4), pre.T.contiguous(), torch.zeros(f), k, backend=backend)
     assert indices.tolist() == expected_selection(pre, k)
     assert torch.equal(values, pre.gather(1, indices))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_encode_is_as_accurate_as_torch(backend, dtype):
     n, d, f, k = 64, 300, 1000, 20
     x, W, b, b_dec = (torch.randn(*s, dtype=dtype) for s in ((n, d), (f, d), (f,), (d,)))
@@ -108,7 +119,9 @@ def test_low_precision_accumulates_in_fp32(backend, dtype):
     x, W = torch.ones(2, d, dtype=dtype), torch.full((3, d), 0.5, dtype=dtype)
     values, _ = rk.topk_encode(x, W, torch.zeros(3), 1, backend=backend)
     assert values.tolist() == [[2048.0], [2048.0]]
-    x_hat = rk.sparse_decode(torch.ones(2, d, dtype=dtype), torch.zeros(2, d, dtype=torch.int64), W[:, :3], backend=backend)
+    x_hat = rk.sparse_decode(
+        torch.ones(2, d, dtype=dtype), torch.zeros(2, d, dtype=torch.int64), W[:, :3], backend=backend
+    )
     assert torch.equal(x_hat, torch.full((2, 3), 2048.0, dtype=dtype))
 
 
@@ -142,7 +155,8 @@ def test_encode_and_decode_take_any_shape_and_stride(backend, data):
 
     x_hat = rk.sparse_decode(values, indices.to(index_dtype), W, b_dec, backend=backend)
     want = (values.double()[..., None] * W.double()[indices]).sum(-2) + (0 if b_dec is None else b_dec.double())
-    assert x_hat.shape == (*lead, d) and x_hat.dtype == dtype
+    assert x_hat.shape == (*lead, d)
+    assert x_hat.dtype == dtype
     torch.testing.assert_close(x_hat.double(), want.to(dtype).double())
 
 
@@ -165,12 +179,14 @@ def test_gradients_against_finite_differences(backend):
     assert torch.autograd.gradcheck(lambda *a: rk.topk_encode(*a[:3], k, a[3], backend=backend)[0], (x, W, b, b_dec))
     values = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
     indices = torch.randint(0, f, (n, k))
-    assert torch.autograd.gradcheck(lambda v, w, c: rk.sparse_decode(v, indices, w, c, backend=backend), (values, W_dec, b_dec))
+    assert torch.autograd.gradcheck(
+        lambda v, w, c: rk.sparse_decode(v, indices, w, c, backend=backend), (values, W_dec, b_dec)
+    )
     assert rk.last_backend("topk_encode_backward") == rk.last_backend("sparse_decode_backward") == backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.float32, *LOW))
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_gradients_are_as_accurate_as_torch(backend, dtype):
     n, d, f, k = 200, 96, 400, 16
 
@@ -206,7 +222,9 @@ def test_no_gradient_passes_through_a_zero(backend):
     values, indices = rk.topk_encode(x, W, b, 4, backend=backend)
     assert indices.tolist() == [[0, 1, 2, 3]] * 8
     values.sum().backward()
-    assert not x.grad.any() and not W.grad.any() and not b.grad.any()
+    assert not x.grad.any()
+    assert not W.grad.any()
+    assert not b.grad.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -214,8 +232,9 @@ def test_nan_reaches_the_loss_and_the_gradients(backend):
     x = torch.randn(3, 4)
     x[1, 2] = math.nan
     W = torch.randn(9, 4, requires_grad=True)
-    values, indices = rk.topk_encode(x, W, torch.zeros(9), 2, backend=backend)
-    assert values[1].isnan().all() and not values[[0, 2]].isnan().any()
+    values, _indices = rk.topk_encode(x, W, torch.zeros(9), 2, backend=backend)
+    assert values[1].isnan().all()
+    assert not values[[0, 2]].isnan().any()
     values.sum().backward()
     assert W.grad.isnan().any()
 
@@ -241,7 +260,9 @@ def test_non_contiguous_grad_output(backend):
     torch.autograd.backward(rk.sparse_decode(values, indices, W, backend=backend), grad)
     want_values = torch.einsum("nd,nkd->nk", grad, W.detach()[indices])
     torch.testing.assert_close(values.grad, want_values)
-    want_W = torch.zeros(9, 6).index_add_(0, indices.flatten(), (values.detach()[..., None] * grad[:, None]).reshape(-1, 6))
+    want_W = torch.zeros(9, 6).index_add_(
+        0, indices.flatten(), (values.detach()[..., None] * grad[:, None]).reshape(-1, 6)
+    )
     torch.testing.assert_close(W.grad, want_W)
     # sum() hands an expanded, stride-0 gradient to the backward pass
     values.grad = W.grad = None
@@ -256,9 +277,12 @@ def test_empty_batches_and_single_vectors(backend, shape):
     W, b = torch.randn(9, 4, requires_grad=True), torch.randn(9, requires_grad=True)
     values, indices = rk.topk_encode(x, W, b, 3, backend=backend)
     x_hat = rk.sparse_decode(values, indices, W, backend=backend)
-    assert values.shape == indices.shape == (*shape[:-1], 3) and x_hat.shape == shape
+    assert values.shape == indices.shape == (*shape[:-1], 3)
+    assert x_hat.shape == shape
     x_hat.sum().backward()
-    assert x.grad.shape == x.shape and W.grad.shape == W.shape and not W.grad.isnan().any()
+    assert x.grad.shape == x.shape
+    assert W.grad.shape == W.shape
+    assert not W.grad.isnan().any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -300,7 +324,8 @@ def test_autocast_casts_operands_as_linear_does(backend, dtype):
     assert torch.equal(indices, want_indices)
     torch.testing.assert_close(values, want)
     x_hat.float().sum().backward()
-    assert W.grad.dtype == torch.float32 and W.grad.abs().sum() > 0
+    assert W.grad.dtype == torch.float32
+    assert W.grad.abs().sum() > 0
 
 
 def test_mixed_dtypes_are_promoted():
@@ -346,7 +371,13 @@ def test_fullgraph_compile_gives_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
-GOOD_ENCODE = {"x": torch.randn(3, 4), "W_enc": torch.randn(9, 4), "b_enc": torch.randn(9), "k": 2, "b_dec": torch.randn(4)}
+GOOD_ENCODE = {
+    "x": torch.randn(3, 4),
+    "W_enc": torch.randn(9, 4),
+    "b_enc": torch.randn(9),
+    "k": 2,
+    "b_dec": torch.randn(4),
+}
 GOOD_DECODE = {
     "values": torch.randn(3, 2),
     "indices": torch.tensor([[0, 8], [1, 2], [3, 4]]),
@@ -390,7 +421,10 @@ def test_encode_names_what_is_wrong(change, message):
     [
         ({"indices": torch.tensor([[0, 9], [1, 2], [3, 4]])}, r"indices must lie in \[0, F\).*9"),
         ({"indices": torch.tensor([[0, -1], [1, 2], [3, 4]])}, r"indices must lie in \[0, F\).*-1"),
-        ({"indices": torch.zeros(3, 3, dtype=torch.int64)}, r"indices must have the shape of values = \(3, 2\); got \(3, 3\)"),
+        (
+            {"indices": torch.zeros(3, 3, dtype=torch.int64)},
+            r"indices must have the shape of values = \(3, 2\); got \(3, 3\)",
+        ),
         ({"indices": torch.zeros(3, 2)}, "indices must have one of the dtypes int64, int32"),
         ({"values": torch.ones(3, 2, dtype=torch.int32)}, "values must have one of the dtypes float32"),
         ({"W_dec": torch.randn(9, 4, 1)}, r"W_dec must be a non-empty matrix \[F, d\]"),

@@ -1,9 +1,9 @@
-"""Which implementation runs: a priority list per device, explicit requests that never fall back, and a record of what ran.
+"""Which implementation runs: a priority list per device, explicit requests that never fall back, and what ran.
 
 Precedence: the operator's `backend=` argument, then `use_backend(...)`, then the environment variable
-`REFUSAL_KERNELS_BACKEND`, then `"auto"`. An explicit request that cannot run raises `BackendError` with every back-end's
-reasons. `"auto"` takes the first back-end of the device's priority list that has no reason against the request, and warns once
-per operator when that is the plain PyTorch reference on a CUDA tensor.
+`REFUSAL_KERNELS_BACKEND`, then `"auto"`. An explicit request that cannot run raises `BackendError` with every
+back-end's reasons. `"auto"` takes the first back-end of the device's priority list that has no reason against the
+request, and warns once per operator when that is the plain PyTorch reference on a CUDA tensor.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend(), TritonBackend(), CudaBackend())}
 
-# What `auto` tries, best first. The CUDA C++ kernels are asked for by name only until a measurement on a GPU is committed
-# that shows them correct and faster.
+# What `auto` tries, best first. The CUDA C++ kernels are asked for by name only until a measurement on a GPU is
+# committed that shows them correct and faster.
 PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 OTHER_DEVICES = ("reference",)
 
@@ -79,7 +79,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def last_backend(op: str) -> str | None:
     """The back-end that ran the last call of an operator in this process ("topk_encode", "sparse_decode", "sae_step",
-    "sae_adam", and "topk_encode_backward", "sparse_decode_backward" for the backward passes); None before the first call."""
+    "sae_adam", and "topk_encode_backward", "sparse_decode_backward" for the backward passes); None before its first."""
     known = set(OPERATORS) | {"topk_encode_backward", "sparse_decode_backward"}
     if op not in known:
         raise ValueError(f"last_backend: op must be one of {', '.join(sorted(known))}; got {op!r}")
@@ -100,7 +100,7 @@ def requested_backend(backend: str | None) -> str | None:
 
 
 def select(op: str, request: Request, backend: str | None, record_as: str | None = None) -> Backend:
-    """The back-end that runs `op` for `request`; `backend` as returned by `requested_backend`. Records it for last_backend."""
+    """The back-end that runs `op` for `request`; `backend` as from `requested_backend`. Records it for last_backend."""
     if backend is not None:
         chosen = BACKENDS[backend]
         if chosen.not_supported_reasons(op, request):
@@ -117,7 +117,7 @@ def select(op: str, request: Request, backend: str | None, record_as: str | None
             _warned.add(op)
             reasons = "; ".join(BACKENDS["triton"].not_supported_reasons(op, request))
             warnings.warn(
-                f"{op} runs on the plain PyTorch reference on a CUDA device, which is slow and allocates [N, F]: {reasons}",
+                f"{op} runs on the plain PyTorch reference on a CUDA device, slowly and with [N, F] buffers: {reasons}",
                 stacklevel=3,
             )
     _last[record_as or op] = chosen.name
@@ -135,5 +135,5 @@ def _refusal(op: str, request: Request, backend: str | None) -> str:
 
 
 def registry() -> dict[str, dict[str, Backend]]:
-    """{operator: {back-end name: back-end}}; ask `.not_supported_reasons(operator, Request(...))` what it can run here."""
+    """{operator: {back-end name: back-end}}; `.not_supported_reasons(operator, Request(...))` says what runs here."""
     return {op: dict(BACKENDS) for op in OPERATORS}

@@ -1,10 +1,9 @@
-"""The Triton back-end: CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, set before the first call)."""
+"""The Triton back-end: CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1 before it starts)."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from typing import Any
 
@@ -27,6 +26,20 @@ def interpreted() -> bool:
 
 
 @functools.cache
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "the package triton is not installed; run: pip install triton"
+        return f"the package triton cannot be imported ({error})"
+    except Exception as error:  # a damaged installation: its reason belongs into the list of reasons
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"the package triton cannot be imported ({first_line})"
+    return None
+
+
+@functools.cache
 def _primitive(name: str) -> Any:
     module = importlib.import_module(f"refusal_kernels.triton_kernels.{_MODULES[name]}")
     return getattr(module, name)
@@ -37,9 +50,7 @@ class TritonBackend(Backend):
     device_types = ("cuda",)
 
     def unavailable_reason(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed; run: pip install triton"
-        return None
+        return _import_error()
 
     def primitive(self, name: str) -> Any | None:
         return getattr(self, name) if name in _MODULES else None

@@ -1,8 +1,8 @@
 """The torch.library namespace of the operators: schema, shape function, and the implementation that picks a back-end.
 
-One operator per mathematical contract. The back-end is chosen inside the implementation, on real tensors, so a compiled graph
-holds `refusal_kernels::topk_encode` and not a choice made while tracing. Autograd lives outside, in the public functions: these
-raw operators give no gradient.
+One operator per mathematical contract. The back-end is chosen inside the implementation, on real tensors, so a
+compiled graph holds `refusal_kernels::topk_encode` and not a choice made while tracing. Autograd lives outside, in the
+public functions: these raw operators give no gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     return getattr(torch.ops.refusal_kernels, name).default
 
 
-def pick(op: str, rows: torch.Tensor, k: int, n_latents: int, backend: str | None, record_as: str | None = None) -> Backend:
+def pick(
+    op: str, rows: torch.Tensor, k: int, n_latents: int, backend: str | None, record_as: str | None = None
+) -> Backend:
     """The back-end for an operator whose row tensors look like `rows` [N, d]."""
     request = Request(rows.device.type, rows.dtype, n_latents=n_latents, d=rows.shape[-1], k=k)
     return select(op, request, requested_backend(backend), record_as)

@@ -29,8 +29,8 @@ def sparse_decode(
 
     Args:
         values: [..., k], any sign, fp32, bf16, fp16 (fp64 on the reference and CPU back-ends); may be empty.
-        indices: [..., k] int64 or int32 in [0, F); duplicates add up. Checked on the CPU; on a GPU, where a check would stop
-            the stream, an index outside [0, F) is undefined behaviour.
+        indices: [..., k] int64 or int32 in [0, F); duplicates add up. Checked on the CPU; on a GPU, where a check
+            would stop the stream, an index outside [0, F) is undefined behaviour.
         W_dec: [F, d], one row per latent. Mixed dtypes of values and W_dec are promoted; under autocast both take the
             autocast dtype.
         b_dec: [d] or None.
@@ -74,9 +74,7 @@ class _SparseDecode(torch.autograd.Function):
         need_values, _, need_W, need_b_dec = ctx.needs_input_grad[:4]
         dvalues = dW_dec = None
         if need_values or need_W:
-            dvalues, dW_dec = _sparse_decode_backward(
-                grad, values, indices, W_dec, need_values, need_W, ctx.backend
-            )
+            dvalues, dW_dec = _sparse_decode_backward(grad, values, indices, W_dec, need_values, need_W, ctx.backend)
         db_dec = grad.sum(0, dtype=compute_dtype(grad.dtype)).to(ctx.b_dec_dtype) if need_b_dec else None
         return dvalues if need_values else None, None, dW_dec if need_W else None, db_dec, None
 
@@ -104,9 +102,7 @@ def _backward(
     return values.new_empty(0) if dvalues is None else dvalues, W_dec.new_empty(0) if dW_dec is None else dW_dec
 
 
-def _forward_fake(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None
-) -> Tensor:
+def _forward_fake(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None) -> Tensor:
     return W_dec.new_empty((values.shape[0], W_dec.shape[1]))
 
 

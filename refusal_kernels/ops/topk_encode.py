@@ -30,9 +30,9 @@ def topk_encode(
         values, indices = torch.sort(pre.relu(), descending=True, stable=True)
         values, indices = values[..., :k], indices[..., :k]
 
-    So: exact; value descending; ties go to the lower index; a row with fewer than k positives is filled up with value 0 and
-    the lowest unused indices (always k distinct valid indices); NaN ranks first, so it reaches the loss instead of hiding.
-    No gradient passes through a value of 0. Deterministic: same input, same bits.
+    So: exact; value descending; ties go to the lower index; a row with fewer than k positives is filled up with value
+    0 and the lowest unused indices (always k distinct valid indices); NaN ranks first, so it reaches the loss instead
+    of hiding. No gradient passes through a value of 0. Deterministic: same input, same bits.
 
     Args:
         x: [..., d], any strides, fp32, bf16, fp16 (fp64 on the reference and CPU back-ends); may be empty.
@@ -82,7 +82,8 @@ class _TopKEncode(torch.autograd.Function):
         )
         db_dec = None
         if need_b_dec:
-            # Every row of x has b_dec subtracted, so db_dec = -sum_n dx_n = -(sum_n dpre_n) W_enc: one product with [F].
+            # Every row of x has b_dec subtracted, so db_dec = -sum_n dx_n = -(sum_n dpre_n) W_enc: one product with
+            # [F].
             db_dec = -torch.mv(W_enc.t(), db_enc.to(W_enc.dtype)).to(b_dec.dtype)
         return (
             dx if need_x else None,

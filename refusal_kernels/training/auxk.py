@@ -1,8 +1,8 @@
 """AuxK: dead latents learn to reconstruct what the living ones miss (Gao et al., arXiv 2406.04093, section A.2).
 
-The dead set is compacted first, [D, d] instead of [F, d], and everything after is dense matrix products over it: with k_aux in
-the hundreds a gather of k_aux rows per token moves far more bytes than the product. Tokens are taken in chunks, so that the
-[tokens, D] activations never exceed `CHUNK_ELEMENTS`.
+The dead set is compacted first, [D, d] instead of [F, d], and everything after is dense matrix products over it: with
+k_aux in the hundreds a gather of k_aux rows per token moves far more bytes than the product. Tokens are taken in
+chunks, so that the [tokens, D] activations never exceed `CHUNK_ELEMENTS`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def aux_k_loss(
         acts = topk(relu((x - b_dec) @ W_enc[dead].T + b_enc[dead]), min(k_aux, D))   # zeros elsewhere
         loss = s * ((acts @ W_dec[dead] - residual.detach()) ** 2).sum() / N
 
-    The residual x - x_hat is a constant target, and the decoder bias takes no part in the reconstruction. Gradients reach the
-    dead rows of W_dec and of W_enc, b_enc, and b_dec through the encoder.
+    The residual x - x_hat is a constant target, and the decoder bias takes no part in the reconstruction. Gradients
+    reach the dead rows of W_dec and of W_enc, b_enc, and b_dec through the encoder.
 
     Args:
         x: [..., d]; residual: [..., d] = x - x_hat; W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d].
@@ -108,7 +108,7 @@ def aux_k_gradients(
 
     Equivalent to autograd through `aux_k_loss` (tested), without keeping the [N, D] activations of the whole batch.
     """
-    n, d = x.shape
+    n, _d = x.shape
     rows_enc, rows_dec, bias = W_enc[dead], W_dec[dead], b_enc[dead]
     n_dead = dead.numel()
     dW_enc, dW_dec, db_enc = torch.zeros_like(rows_enc), torch.zeros_like(rows_dec), torch.zeros_like(bias)

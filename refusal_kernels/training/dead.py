@@ -14,8 +14,9 @@ class DeadLatents:
     """Tokens since each latent last fired, and the compact list of those that count as dead.
 
     A latent fires on a token when its value there is > 0. `update` never makes the host wait for a GPU: every
-    `refresh_every` updates the list of dead rows is rebuilt on the device and its length copied to the host asynchronously;
-    `rows` changes once that copy has arrived, so it lags behind by at least one update there (on a CPU it does not).
+    `refresh_every` updates the list of dead rows is rebuilt on the device and its length copied to the host
+    asynchronously; `rows` changes once that copy has arrived, so it lags behind by at least one update there (on a CPU
+    it does not).
 
     Args:
         n_latents: F.

@@ -41,12 +41,13 @@ class SAEAdam(torch.optim.Optimizer):
         W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
 
     Parallel removal, Adam and normalisation read and write each row once. `step()` takes the gradients from `.grad`;
-    `sae_step(..., optimizer=this)` applies them without ever writing them out where the back-end can. State per parameter is
-    torch.optim.Adam's (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints of either load into the other. Learning-rate schedulers
-    work as with any optimizer.
+    `sae_step(..., optimizer=this)` applies them without ever writing them out where the back-end can. State per
+    parameter is torch.optim.Adam's (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints of either load into the other.
+    Learning-rate schedulers work as with any optimizer.
 
     Args:
-        W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; all of one dtype (fp32, or fp64 on the reference and CPU).
+        W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; all of one dtype (fp32, or fp64 on the reference and
+            CPU).
         lr, betas, eps: as in torch.optim.Adam.
         unit_norm_decoder: divide every decoder row by its norm after the update (rows of norm 0 stay 0).
         remove_parallel_grad: take the part of a decoder row's gradient that lies along the row out of it.
@@ -112,7 +113,8 @@ class SAEAdam(torch.optim.Optimizer):
             self.moments(parameter)
             self.state[parameter]["step"] += 1
         t = float(self.state[group["params"][0]]["step"])
-        # Learning-rate schedulers look for this mark of a step taken before them; `sae_step` does not go through `step()`.
+        # Learning-rate schedulers look for this mark of a step taken before them; `sae_step` does not go through
+        # `step()`.
         self._opt_called = True
         return AdamStep(float(group["lr"]), beta1, beta2, group["eps"], 1 - beta1**t, 1 - beta2**t)
 
@@ -124,7 +126,8 @@ class SAEAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        self.apply_gradients(*grads, backend=self.backend)
+        dW_enc, db_enc, dW_dec, db_dec = grads
+        self.apply_gradients(dW_enc, db_enc, dW_dec, db_dec, backend=self.backend)
         return loss
 
     @torch.no_grad()
@@ -136,15 +139,17 @@ class SAEAdam(torch.optim.Optimizer):
         chosen = self._select(W_enc, backend)
         factor = None
         if self.max_grad_norm is not None:
-            factor = self.clip_factor(dW_enc, db_enc, dW_dec, db_dec)
+            factor = self._clip_factor(self.max_grad_norm, dW_enc, db_enc, dW_dec, db_dec)
         step = self.advance()
         self._rows(chosen, W_enc, dW_enc, step, factor, False, False)
         self._rows(chosen, W_dec, dW_dec, step, factor, self.remove_parallel_grad, self.unit_norm_decoder)
         self.update_vector(b_enc, db_enc, step, factor)
         self.update_vector(b_dec, db_dec, step, factor)
 
-    def clip_factor(self, dW_enc: Tensor, db_enc: Tensor, dW_dec: Tensor, db_dec: Tensor) -> Tensor:
-        """min(1, max_grad_norm / (norm + 1e-6)) as a 0-dim tensor: clip_grad_norm_'s formula, without writing a gradient."""
+    def _clip_factor(
+        self, max_grad_norm: float, dW_enc: Tensor, db_enc: Tensor, dW_dec: Tensor, db_dec: Tensor
+    ) -> Tensor:
+        """min(1, max_grad_norm / (norm + 1e-6)) as a 0-dim tensor: clip_grad_norm_'s formula, no gradient written."""
         squares = torch.stack(torch._foreach_norm([dW_enc, db_enc, dW_dec, db_dec])).square().sum()
         if self.remove_parallel_grad:
             W_dec = self.parameters[2]
@@ -152,7 +157,7 @@ class SAEAdam(torch.optim.Optimizer):
             squared_norm = torch.einsum("fd,fd->f", W_dec, W_dec)
             squares -= torch.where(squared_norm > 0, along.square() / squared_norm, 0).sum()
         norm = squares.clamp(min=0).sqrt()
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # type: ignore[operator]
+        return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def update_vector(self, parameter: Tensor, grad: Tensor, step: AdamStep, factor: Tensor | None = None) -> None:
         """Adam on a bias: too small for a kernel of its own."""

@@ -2,9 +2,9 @@
 
     encode  ->  decode + residual + loss (one pass)  ->  latent-major backward  [ ->  Adam, inside the backward ]
 
-The plain route, `topk_encode`, `sparse_decode`, `loss.backward()`, `optimizer.step()`, stays first-class and gives the same
-gradients; this one keeps no graph, writes no [N, F] and no [N*k, d] tensor, needs no host synchronisation, and where the
-back-end fuses Adam into the backward it never writes the weight gradients at all.
+The plain route, `topk_encode`, `sparse_decode`, `loss.backward()`, `optimizer.step()`, stays first-class and gives the
+same gradients; this one keeps no graph, writes no [N, F] and no [N*k, d] tensor, needs no host synchronisation, and
+where the back-end fuses Adam into the backward it never writes the weight gradients at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .optimizer import SAEAdam, check_sae_parameters
 
 
 class SAEStepOutput(NamedTuple):
-    """What a step measured; 0-dim tensors on the device of x unless another shape is given. Nothing here needs a gradient."""
+    """What a step measured; 0-dim tensors on the device of x unless a shape is given; none needs a gradient."""
 
     loss: Tensor  # mse + aux_alpha * aux_loss
     mse: Tensor  # sum ||x_hat - x||^2 / N
@@ -58,14 +58,16 @@ def sae_step(
         mse = (x_hat - x).square().sum() / N
         loss = mse + aux_alpha * rk.aux_k_loss(x, x - x_hat, W_enc, b_enc, W_dec, b_dec, dead, k_aux)
         (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does
-        optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then neither read nor written
+        optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then neither read nor
+        written
 
     Args:
-        x: [..., d] activations, N rows in all; no gradient is computed for it. Any float dtype: promoted to the weights', or
-            under autocast computed in the autocast dtype with fp32 sums and gradients.
+        x: [..., d] activations, N rows in all; no gradient is computed for it. Any float dtype: promoted to the
+            weights', or under autocast computed in the autocast dtype with fp32 sums and gradients.
         W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]: leaf tensors of one dtype.
         k: latents per token.
-        dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no cost.
+        dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no
+            cost.
         k_aux: dead latents per token, d // 2 by default.
         aux_alpha: weight of the AuxK term.
         grad_scale: factor on all gradients, 1 / micro-batches for gradient accumulation.
@@ -91,11 +93,15 @@ def sae_step(
     parameters = (W_enc, b_enc, W_dec, b_dec)
     if optimizer is not None:
         if not isinstance(optimizer, SAEAdam):
-            raise TypeError(f"{op}: optimizer must be a refusal_kernels.SAEAdam or None; got {type(optimizer).__name__}")
+            raise TypeError(
+                f"{op}: optimizer must be a refusal_kernels.SAEAdam or None; got {type(optimizer).__name__}"
+            )
         if any(mine is not theirs for mine, theirs in zip(parameters, optimizer.parameters, strict=True)):
             raise ValueError(f"{op}: optimizer must hold exactly the tensors W_enc, b_enc, W_dec, b_dec of this call")
     elif not any(p.requires_grad for p in parameters):
-        raise ValueError(f"{op}: at least one of W_enc, b_enc, W_dec, b_dec must require a gradient; got none that does")
+        raise ValueError(
+            f"{op}: at least one of W_enc, b_enc, W_dec, b_dec must require a gradient; got none that does"
+        )
     if x.numel() == 0:
         raise ValueError(f"{op}: x must hold at least one token; got shape {tuple(x.shape)}")
     return _Step(x, parameters, k, dead, k_aux, aux_alpha, grad_scale, backend).run(optimizer)
@@ -133,7 +139,6 @@ class _Step:
             values, indices = self.backend.topk_encode(self.x, self.W_enc, self.b_enc, self.k, self.b_dec)
             e, squares = self.backend.decode_residual(self.x, values, indices, self.W_dec, self.b_dec)
             aux = self._aux(e)
-            # Metrics first: the fused optimiser below overwrites the weights, not e, but e's memory stays warm this way.
             output = self._measure(values, indices, squares, aux)
             if optimizer is None:
                 self._accumulate(self._gradients(e, values, indices, aux))
@@ -141,7 +146,8 @@ class _Step:
                 self._fused_step(optimizer, e, values, indices, aux)
             else:
                 gradients = self._gradients(e, values, indices, aux)
-                optimizer.apply_gradients(*(g.to(p.dtype) for g, p in zip(gradients, self.parameters, strict=True)))
+                dW_enc, db_enc, dW_dec, db_dec = gradients
+                optimizer.apply_gradients(dW_enc, db_enc, dW_dec, db_dec, backend=self.backend.name)
         return output
 
     @property
@@ -241,4 +247,3 @@ class _Step:
             *extra,
         )
         optimizer.update_vector(self.parameters[3], self._b_dec_gradient(e, through_encoder), step)
-
