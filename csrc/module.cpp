@@ -34,7 +34,9 @@ py::list split(const std::string& text, char separator) {
   return parts;
 }
 
-py::object text_or_none(const char* text) { return *text ? py::object(py::str(text)) : py::none(); }
+py::object text_or_none(const char* text) {
+  return *text ? py::object(py::str(text)) : py::none();
+}
 
 py::dict build_info() {
   py::dict info;

@@ -11,12 +11,13 @@
 #include <climits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cuda/sparse_decode.h"
 
 // Weak: a CPU-only torch does not have it, and this library must load there too. It is called with CUDA tensors only.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace {
 
@@ -27,18 +28,23 @@ using torch::stable::detail::to;
 
 rk::cuda::RowType row_type(const Tensor& rows, const char* name) {
   switch (rows.scalar_type()) {
-    case ScalarType::Float: return rk::cuda::RowType::kFloat32;
-    case ScalarType::BFloat16: return rk::cuda::RowType::kBFloat16;
-    case ScalarType::Half: return rk::cuda::RowType::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return rk::cuda::RowType::kFloat32;
+    case ScalarType::BFloat16:
+      return rk::cuda::RowType::kBFloat16;
+    case ScalarType::Half:
+      return rk::cuda::RowType::kFloat16;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, "refusal_kernels_cuda: ", name, " must be float32, bfloat16 or float16");
 }
 
 void check(const Tensor& t, const char* name, const Tensor& like, std::optional<ScalarType> dtype) {
   STD_TORCH_CHECK(t.is_contiguous(), "refusal_kernels_cuda: ", name, " must be contiguous");
-  STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cuda(), "refusal_kernels_cuda: ", name,
-                  " must be on the device of W_dec");
+  STD_TORCH_CHECK(
+      t.get_device_index() == like.get_device_index() && t.is_cuda(), "refusal_kernels_cuda: ", name,
+      " must be on the device of W_dec");
   if (dtype) STD_TORCH_CHECK(t.scalar_type() == *dtype, "refusal_kernels_cuda: ", name, " has the wrong dtype");
 }
 
@@ -48,17 +54,19 @@ struct Sizes {
 };
 
 Sizes check_decoder(const Tensor& values, const Tensor& indices, const Tensor& W_dec) {
-  STD_TORCH_CHECK(values.dim() == 2 && indices.dim() == 2 && W_dec.dim() == 2,
-                  "refusal_kernels_cuda: values, indices and W_dec must be matrices");
+  STD_TORCH_CHECK(
+      values.dim() == 2 && indices.dim() == 2 && W_dec.dim() == 2,
+      "refusal_kernels_cuda: values, indices and W_dec must be matrices");
   const Sizes s{values.size(0), values.size(1), W_dec.size(0), W_dec.size(1)};
-  STD_TORCH_CHECK(indices.size(0) == s.n && indices.size(1) == s.k,
-                  "refusal_kernels_cuda: indices must have the shape of values");
+  STD_TORCH_CHECK(
+      indices.size(0) == s.n && indices.size(1) == s.k, "refusal_kernels_cuda: indices must have the shape of values");
   STD_TORCH_CHECK(s.n <= INT_MAX && s.n_latents <= INT_MAX, "refusal_kernels_cuda: N and F must be below 2^31");
   check(W_dec, "W_dec", W_dec, std::nullopt);
   check(values, "values", W_dec, W_dec.scalar_type());
   check(indices, "indices", W_dec, std::nullopt);
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int || indices.scalar_type() == ScalarType::Long,
-                  "refusal_kernels_cuda: indices must be int32 or int64");
+  STD_TORCH_CHECK(
+      indices.scalar_type() == ScalarType::Int || indices.scalar_type() == ScalarType::Long,
+      "refusal_kernels_cuda: indices must be int32 or int64");
   return s;
 }
 
@@ -81,11 +89,13 @@ Tensor sparse_decode(Tensor values, Tensor indices, Tensor W_dec, std::optional<
   }
   const torch::stable::accelerator::DeviceGuard guard(W_dec.get_device_index());
   Tensor out = torch::stable::new_empty(W_dec, {s.n, s.d});
-  check_launch(rk::cuda::sparse_decode(row_type(W_dec, "W_dec"), values.const_data_ptr(), indices.const_data_ptr(),
-                                       indices.scalar_type() == ScalarType::Long, W_dec.const_data_ptr(),
-                                       b_dec ? static_cast<const float*>(b_dec->const_data_ptr()) : nullptr,
-                                       out.mutable_data_ptr(), s.n, s.k, s.n_latents, s.d, current_stream(W_dec)),
-               "sparse_decode");
+  check_launch(
+      rk::cuda::sparse_decode(
+          row_type(W_dec, "W_dec"), values.const_data_ptr(), indices.const_data_ptr(),
+          indices.scalar_type() == ScalarType::Long, W_dec.const_data_ptr(),
+          b_dec ? static_cast<const float*>(b_dec->const_data_ptr()) : nullptr, out.mutable_data_ptr(), s.n, s.k,
+          s.n_latents, s.d, current_stream(W_dec)),
+      "sparse_decode");
   return out;
 }
 
@@ -98,10 +108,10 @@ std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
 
 // For every latent f in 0 … n_latents the position of its first entry among the sorted ones.
 Tensor segment_offsets(const Tensor& sorted, int64_t n_latents) {
-  std::array<StableIValue, 5> range{from(n_latents + 1), from(std::optional<ScalarType>(sorted.scalar_type())),
-                                    from(std::optional<torch::headeronly::Layout>()),
-                                    from(std::optional<torch::stable::Device>(sorted.device())),
-                                    from(std::optional<bool>())};
+  std::array<StableIValue, 5> range{
+      from(n_latents + 1), from(std::optional<ScalarType>(sorted.scalar_type())),
+      from(std::optional<torch::headeronly::Layout>()), from(std::optional<torch::stable::Device>(sorted.device())),
+      from(std::optional<bool>())};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::arange", "", range.data(), TORCH_ABI_VERSION));
   std::array<StableIValue, 6> search{from(sorted), from(to<Tensor>(range[0])),         from(false),
                                      from(false),  from(std::optional<std::string>()), from(std::optional<Tensor>())};
@@ -109,32 +119,34 @@ Tensor segment_offsets(const Tensor& sorted, int64_t n_latents) {
   return to<Tensor>(search[0]);
 }
 
-std::tuple<Tensor, Tensor> sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec,
-                                                  bool need_values, bool need_W) {
+std::tuple<Tensor, Tensor> sparse_decode_backward(
+    Tensor grad, Tensor values, Tensor indices, Tensor W_dec, bool need_values, bool need_W) {
   const Sizes s = check_decoder(values, indices, W_dec);
   check(grad, "grad", W_dec, W_dec.scalar_type());
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == s.n && grad.size(1) == s.d,
-                  "refusal_kernels_cuda: grad must be [N, d]");
+  STD_TORCH_CHECK(
+      grad.dim() == 2 && grad.size(0) == s.n && grad.size(1) == s.d, "refusal_kernels_cuda: grad must be [N, d]");
   const torch::stable::accelerator::DeviceGuard guard(W_dec.get_device_index());
   const rk::cuda::RowType type = row_type(W_dec, "W_dec");
-  Tensor dvalues = torch::stable::new_empty(values, {need_values ? s.n : 0, s.k});
+  // A gradient that is not asked for comes back with no elements: the stable ABI has no undefined tensor.
+  using Shape = std::vector<int64_t>;
+  Tensor dvalues = torch::stable::new_empty(values, need_values ? Shape{s.n, s.k} : Shape{0});
   if (need_values) {
     check_launch(
-        rk::cuda::sparse_decode_dvalues(type, grad.const_data_ptr(), indices.const_data_ptr(),
-                                        indices.scalar_type() == ScalarType::Long, W_dec.const_data_ptr(),
-                                        dvalues.mutable_data_ptr(), s.n, s.k, s.n_latents, s.d, current_stream(W_dec)),
+        rk::cuda::sparse_decode_dvalues(
+            type, grad.const_data_ptr(), indices.const_data_ptr(), indices.scalar_type() == ScalarType::Long,
+            W_dec.const_data_ptr(), dvalues.mutable_data_ptr(), s.n, s.k, s.n_latents, s.d, current_stream(W_dec)),
         "sparse_decode_dvalues");
   }
-  Tensor dW_dec = torch::stable::new_empty(W_dec, {need_W ? s.n_latents : 0, s.d});
+  Tensor dW_dec = torch::stable::new_empty(W_dec, need_W ? Shape{s.n_latents, s.d} : Shape{0});
   if (need_W) {
     // A stable sort keeps the tokens of a latent in order, so the sums are the same from run to run.
     const auto [sorted, order] = stable_sort(torch::stable::view(indices, {s.n * s.k}));
     const Tensor offsets = segment_offsets(sorted, s.n_latents);
     check_launch(
-        rk::cuda::sparse_decode_dweight(type, grad.const_data_ptr(), values.const_data_ptr(),
-                                        static_cast<const int64_t*>(order.const_data_ptr()),
-                                        static_cast<const int64_t*>(offsets.const_data_ptr()),
-                                        dW_dec.mutable_data_ptr(), s.k, s.n_latents, s.d, current_stream(W_dec)),
+        rk::cuda::sparse_decode_dweight(
+            type, grad.const_data_ptr(), values.const_data_ptr(), static_cast<const int64_t*>(order.const_data_ptr()),
+            static_cast<const int64_t*>(offsets.const_data_ptr()), dW_dec.mutable_data_ptr(), s.k, s.n_latents, s.d,
+            current_stream(W_dec)),
         "sparse_decode_dweight");
   }
   return {dvalues, dW_dec};

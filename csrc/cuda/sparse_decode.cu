@@ -36,9 +36,15 @@ constexpr int kMinBlocks = 3;
 // -- VEC neighbouring elements of a row, as fp32
 // ------------------------------------------------------------------------
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(__half x) {
+  return __half2float(x);
+}
 
 template <typename T>
 __device__ __forceinline__ T from_float(float x) {
@@ -109,8 +115,12 @@ struct EntriesOfToken {
   Indices indices;
   int64_t k;
 
-  __device__ int64_t begin(int64_t n) const { return n * k; }
-  __device__ int64_t end(int64_t n) const { return n * k + k; }
+  __device__ int64_t begin(int64_t n) const {
+    return n * k;
+  }
+  __device__ int64_t end(int64_t n) const {
+    return n * k + k;
+  }
   __device__ __forceinline__ Entry operator[](int64_t e) const {
     const int latent = indices[e];
     return latent < 0 ? Entry{0, __int_as_float(0x7fffffff)} : Entry{latent, to_float(__ldg(values + e))};
@@ -123,8 +133,12 @@ struct EntriesOfLatent {
   const int64_t *order, *offsets;
   int64_t k;
 
-  __device__ int64_t begin(int64_t f) const { return offsets[f]; }
-  __device__ int64_t end(int64_t f) const { return offsets[f + 1]; }
+  __device__ int64_t begin(int64_t f) const {
+    return offsets[f];
+  }
+  __device__ int64_t end(int64_t f) const {
+    return offsets[f + 1];
+  }
   __device__ __forceinline__ Entry operator[](int64_t e) const {
     const int64_t position = order[e];
     return {static_cast<int>(position / k), to_float(__ldg(values + position))};
@@ -147,9 +161,9 @@ __device__ __forceinline__ unsigned group_mask() {
 
 // out[s] = bias + sum over the entries e of segment s of weight_e * rows[row_e]. Grid: segments x column slices.
 template <typename T, int VEC, int LANES, typename Entries>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    sum_of_rows(Entries entries, const T* __restrict__ rows, const float* __restrict__ bias, T* __restrict__ out,
-                int64_t n_segments, int64_t d) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) sum_of_rows(
+    Entries entries, const T* __restrict__ rows, const float* __restrict__ bias, T* __restrict__ out,
+    int64_t n_segments, int64_t d) {
   const int lane = threadIdx.x % LANES;
   const unsigned mask = group_mask<LANES>();
   const int64_t segment = static_cast<int64_t>(blockIdx.x) * (kThreads / LANES) + threadIdx.x / LANES;
@@ -183,9 +197,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // dvalues: one group per kEntriesPerGroup entries of a token, whose rows share one read of the gradient row.
 template <typename T, int VEC, int LANES>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    dots_with_rows(const T* __restrict__ grad, Indices indices, const T* __restrict__ rows, T* __restrict__ dvalues,
-                   int64_t n, int64_t k, int64_t d) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) dots_with_rows(
+    const T* __restrict__ grad, Indices indices, const T* __restrict__ rows, T* __restrict__ dvalues, int64_t n,
+    int64_t k, int64_t d) {
   const int lane = threadIdx.x % LANES;
   const unsigned mask = group_mask<LANES>();
   const int64_t groups_per_token = (k + kEntriesPerGroup - 1) / kEntriesPerGroup;
@@ -226,9 +240,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 // -- launchers
 // -----------------------------------------------------------------------------------------------------------
 
-bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+bool is_aligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
-const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+const char* error_text(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 // Calls launch<T, VEC, LANES>() for the row type and the split.
 template <typename T, typename Launch>
@@ -263,9 +281,9 @@ const char* grid_of(int64_t items, int64_t slices, const RowSplit& split, dim3& 
 
 }  // namespace
 
-const char* sparse_decode(RowType type, const void* values, const void* indices, bool indices_are_int64,
-                          const void* W_dec, const float* bias, void* out, int64_t n, int64_t k, int64_t n_latents,
-                          int64_t d, void* stream) {
+const char* sparse_decode(
+    RowType type, const void* values, const void* indices, bool indices_are_int64, const void* W_dec, const float* bias,
+    void* out, int64_t n, int64_t k, int64_t n_latents, int64_t d, void* stream) {
   if (n == 0 || d == 0) return nullptr;
   const RowSplit split = split_row(d, type, is_aligned16(W_dec) && is_aligned16(out));
   dim3 grid;
@@ -278,9 +296,9 @@ const char* sparse_decode(RowType type, const void* values, const void* indices,
   });
 }
 
-const char* sparse_decode_dvalues(RowType type, const void* grad, const void* indices, bool indices_are_int64,
-                                  const void* W_dec, void* dvalues, int64_t n, int64_t k, int64_t n_latents, int64_t d,
-                                  void* stream) {
+const char* sparse_decode_dvalues(
+    RowType type, const void* grad, const void* indices, bool indices_are_int64, const void* W_dec, void* dvalues,
+    int64_t n, int64_t k, int64_t n_latents, int64_t d, void* stream) {
   if (n == 0 || k == 0) return nullptr;
   const RowSplit split = split_row(d, type, is_aligned16(W_dec) && is_aligned16(grad));
   dim3 grid;
@@ -292,9 +310,9 @@ const char* sparse_decode_dvalues(RowType type, const void* grad, const void* in
   });
 }
 
-const char* sparse_decode_dweight(RowType type, const void* grad, const void* values, const int64_t* order,
-                                  const int64_t* offsets, void* dW_dec, int64_t k, int64_t n_latents, int64_t d,
-                                  void* stream) {
+const char* sparse_decode_dweight(
+    RowType type, const void* grad, const void* values, const int64_t* order, const int64_t* offsets, void* dW_dec,
+    int64_t k, int64_t n_latents, int64_t d, void* stream) {
   if (n_latents == 0 || d == 0) return nullptr;
   const RowSplit split = split_row(d, type, is_aligned16(grad) && is_aligned16(dW_dec));
   dim3 grid;

@@ -8,7 +8,9 @@ namespace rk::cuda {
 
 enum class RowType : int { kFloat32, kBFloat16, kFloat16 };
 
-inline constexpr int row_bytes(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
+inline constexpr int row_bytes(RowType type) {
+  return type == RowType::kFloat32 ? 4 : 2;
+}
 
 inline constexpr int kThreads = 256;        // per block, 8 warps
 inline constexpr int kEntriesPerGroup = 4;  // dvalues: decoder rows that share one read of the gradient row
@@ -37,19 +39,19 @@ inline constexpr RowSplit split_row(int64_t d, RowType type, bool aligned16) {
 // else the text of the CUDA error. n_rows and n_latents must be below 2^31.
 
 // out [n, d] = bias [d] (or none) + sum_j values [n, k]_j * W_dec[indices [n, k]_j]
-const char* sparse_decode(RowType type, const void* values, const void* indices, bool indices_are_int64,
-                          const void* W_dec, const float* bias, void* out, int64_t n, int64_t k, int64_t n_latents,
-                          int64_t d, void* stream);
+const char* sparse_decode(
+    RowType type, const void* values, const void* indices, bool indices_are_int64, const void* W_dec, const float* bias,
+    void* out, int64_t n, int64_t k, int64_t n_latents, int64_t d, void* stream);
 
 // dvalues [n, k] = <grad [n, d], W_dec[indices [n, k]]>
-const char* sparse_decode_dvalues(RowType type, const void* grad, const void* indices, bool indices_are_int64,
-                                  const void* W_dec, void* dvalues, int64_t n, int64_t k, int64_t n_latents, int64_t d,
-                                  void* stream);
+const char* sparse_decode_dvalues(
+    RowType type, const void* grad, const void* indices, bool indices_are_int64, const void* W_dec, void* dvalues,
+    int64_t n, int64_t k, int64_t n_latents, int64_t d, void* stream);
 
 // dW_dec [F, d]_f = sum over the entries e of latent f of values_e * grad[e / k]; `order` lists the flat positions e of
 // all n * k entries sorted stably by latent, and latent f owns order[offsets[f]] … order[offsets[f + 1] - 1].
-const char* sparse_decode_dweight(RowType type, const void* grad, const void* values, const int64_t* order,
-                                  const int64_t* offsets, void* dW_dec, int64_t k, int64_t n_latents, int64_t d,
-                                  void* stream);
+const char* sparse_decode_dweight(
+    RowType type, const void* grad, const void* values, const int64_t* order, const int64_t* offsets, void* dW_dec,
+    int64_t k, int64_t n_latents, int64_t d, void* stream);
 
 }  // namespace rk::cuda
