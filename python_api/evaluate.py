@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .capture import capture
-from .hooks import splice
+from .capture import capture, splice
 from .sae import TopKSAE
 
 Batch = Mapping[str, Tensor]

@@ -29,7 +29,7 @@ class TrainConfig:
         layers: decoder layers whose o_proj input is learned, one SAE each, all in one pass of the model. Empty: the
             middle layer.
         context_length: tokens per sequence.  sequences: sequences per forward pass of the model.
-        buffer_tokens: tokens in the shuffle buffer, at least 2 batches; it takes buffer_tokens x d_in x layers x 4 bytes
+        buffer_tokens: tokens in the shuffle buffer, at least 2 batches: buffer_tokens x d_in x layers x 4 bytes
             (2 in bf16). None: 8 batches.
         eval_tokens: held-out tokens for the evaluation at the end, from documents that are never trained on.
         trust_remote_code: run Python code that comes with a hub model.

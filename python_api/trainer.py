@@ -35,7 +35,7 @@ from .checkpoint import CheckpointFolder, read_json, write_json, write_text
 from .sae import TopKSAE, TopKSAEConfig
 from .train_config import TrainConfig
 
-__all__ = ["ActivationSource", "SAETrainer", "TrainConfig", "TrainingDiverged", "TrainingInterrupted"]
+__all__ = ["ActivationSource", "DataEnded", "SAETrainer", "TrainConfig", "TrainingDiverged", "TrainingInterrupted"]
 
 CHECKPOINT_FORMAT_VERSION = 1
 LOG_FILE = "train_log.jsonl"
@@ -71,6 +71,10 @@ class TrainingInterrupted(Exception):
 
 class TrainingDiverged(RuntimeError):
     """The loss is no longer finite."""
+
+
+class DataEnded(RuntimeError):
+    """The activations ended before the tokens asked for."""
 
 
 class SAETrainer:
@@ -160,7 +164,7 @@ class SAETrainer:
         """Runs to `config.total_steps`, writes the last checkpoint, returns the SAEs.
 
         Raises TrainingInterrupted after Ctrl-C or SIGTERM (a second Ctrl-C stops at once), TrainingDiverged when the
-        loss is not finite, and RuntimeError when the data ends before the tokens asked for.
+        loss is not finite, and DataEnded when the data ends before the tokens asked for.
         """
         config = self.config
         total = config.total_steps
@@ -185,7 +189,7 @@ class SAETrainer:
             while self.step < total:
                 batch = self._first.pop(0) if self._first else next(source, None)
                 if batch is None:
-                    raise RuntimeError(
+                    raise DataEnded(
                         f"the data ended after {self.step * config.batch_tokens:,} of {config.tokens:,} tokens; "
                         "give more text or ask for fewer tokens"
                     )
