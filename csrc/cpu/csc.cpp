@@ -1,0 +1,75 @@
+#include "csc.h"
+
+#include <algorithm>
+
+namespace rk {
+
+template <class I>
+void index_range(const I* indices, int64_t count, int64_t& low, int64_t& high) {
+  I least = 0;
+  I most = -1;
+  if (count > 0) {
+    least = most = indices[0];
+    for (int64_t i = 1; i < count; ++i) {
+      least = indices[i] < least ? indices[i] : least;
+      most = indices[i] > most ? indices[i] : most;
+    }
+  }
+  low = least;
+  high = most;
+}
+
+template <class R, class I>
+LatentMajor latent_major(
+    const I* indices, const R* skip_where_zero, int64_t N, int64_t k, int64_t F, const Threads& threads) {
+  // One histogram per part of the tokens. More parts than threads would only add histograms to sum, and a part should
+  // hold more activations than its histogram has bins.
+  const int64_t parts = std::clamp<int64_t>(std::min(threads.count, N * k / std::max<int64_t>(F, 1)), 1, 16);
+  const int64_t tokens_each = (N + parts - 1) / parts;
+  int64_t* offsets = scratch<int64_t>(Slot::kHits, (parts + 1) * F + 1 + N * k);
+  int64_t* place = offsets + F + 1;  // [parts, F]
+  Hit* hits = reinterpret_cast<Hit*>(place + parts * F);
+
+  const auto each_hit = [&](int64_t part, const auto& f) {
+    const int64_t end = std::min((part + 1) * tokens_each, N);
+    for (int64_t n = part * tokens_each; n < end; ++n) {
+      for (int64_t j = 0; j < k; ++j) {
+        if (skip_where_zero == nullptr || !(widen(skip_where_zero[n * k + j]) == 0)) {
+          f(n, j, static_cast<int64_t>(indices[n * k + j]));
+        }
+      }
+    }
+  };
+  parallel_tasks(threads, parts, [&](int64_t part) {
+    int64_t* own = place + part * F;
+    std::fill(own, own + F, int64_t{0});
+    each_hit(part, [&](int64_t, int64_t, int64_t f) { ++own[f]; });
+  });
+  int64_t total = 0;
+  for (int64_t f = 0; f < F; ++f) {
+    offsets[f] = total;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t count = place[part * F + f];
+      place[part * F + f] = total;
+      total += count;
+    }
+  }
+  offsets[F] = total;
+  parallel_tasks(threads, parts, [&](int64_t part) {
+    int64_t* own = place + part * F;
+    each_hit(part, [&](int64_t n, int64_t j, int64_t f) {
+      hits[own[f]++] = Hit{static_cast<uint32_t>(n), static_cast<uint32_t>(j)};
+    });
+  });
+  return LatentMajor{offsets, hits};
+}
+
+#define RK_INSTANTIATE(R, I)                                                                             \
+  template LatentMajor latent_major<R, I>(const I*, const R*, int64_t, int64_t, int64_t, const Threads&);
+#define RK_INSTANTIATE_INDEX(I)                                            \
+  template void index_range<I>(const I*, int64_t, int64_t&, int64_t&);     \
+  RK_INSTANTIATE(float, I) RK_INSTANTIATE(double, I) RK_INSTANTIATE(BF16, I) RK_INSTANTIATE(F16, I)
+RK_INSTANTIATE_INDEX(int32_t)
+RK_INSTANTIATE_INDEX(int64_t)
+
+}  // namespace rk

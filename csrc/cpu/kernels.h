@@ -1,0 +1,146 @@
+// The kernels as raw-pointer functions, one set per instruction set. All matrices are row-major and contiguous, all
+// shapes int64, rows of type R (float, double, BF16, F16), biases and accumulation in Compute<R>. Callers have checked
+// shapes and that every index is in [0, F); an output never overlaps an input unless it is named in place.
+#pragma once
+
+#include <cstdint>
+
+#include "threads.h"
+#include "types.h"
+
+namespace rk {
+
+template <class R>
+struct EncodeArgs {
+  const R* x;                // [N, d]
+  const R* W;                // [F, d]
+  const Compute<R>* b_enc;   // [F]
+  const Compute<R>* b_dec;   // [d] or null
+  int64_t N, d, F, k;
+  R* values;                 // [N, k]
+  int64_t* indices;          // [N, k]
+};
+
+template <class R, class I>
+struct DecodeArgs {
+  const R* values;           // [N, k]
+  const R* mask;             // [N, k] or null: entries whose mask is 0 count as 0
+  const I* indices;          // [N, k]
+  const R* W;                // [F, d]
+  const Compute<R>* b_dec;   // [d] or null
+  const R* x;                // [N, d] or null: subtracted from the result
+  int64_t N, k, d;
+  R* out;                    // [N, d]
+  Compute<R>* sq;            // [N] or null: ||out_n||^2 before rounding to R
+};
+
+// Activations by latent: the hits of latent f are hits[offsets[f] .. offsets[f + 1]) in token order.
+struct Hit {
+  uint32_t token;
+  uint32_t slot;
+};
+struct LatentMajor {
+  const int64_t* offsets;    // [F + 1]
+  const Hit* hits;
+};
+
+template <class R, class I>
+struct DotArgs {
+  const R* grad;             // [N, d]
+  const I* indices;          // [N, k]
+  const R* W;                // [F, d]
+  int64_t N, k, d;
+  R* dvalues;                // [N, k]: <grad_n, W[i_j]>
+};
+
+// Gradient of one weight matrix from the latent-major list: dW[f] = sum_hits coefficient * (rows[token] - shift).
+template <class R>
+struct WeightGradArgs {
+  LatentMajor list;
+  const R* rows;             // [N, d]
+  const Compute<R>* shift;   // [d] or null
+  const R* values;           // [N, k] coefficient
+  const R* mask;             // [N, k] or null: hits whose mask is 0 count as 0
+  const R* W;                // [F, d]; needed with dvalues only
+  int64_t F, k, d;
+  R* dvalues;                // [N, k] or null: <rows[token], W[f]>
+  R* dW;                     // [F, d] or null, overwritten
+  Compute<R>* db;            // [F] or null, overwritten: sum of coefficients
+};
+
+template <class R>
+struct SaeGradArgs {
+  LatentMajor list;          // hits of value 0 left out: they carry no gradient
+  const R* e;                // [N, d]
+  const R* x;                // [N, d]
+  const R* values;           // [N, k]
+  const R* W_dec;            // [F, d]
+  const Compute<R>* b_dec;   // [d] or null
+  int64_t F, k, d;
+  Compute<R> scale;
+  Compute<R>* dW_enc;        // [F, d], accumulated into
+  Compute<R>* db_enc;        // [F], accumulated into
+  Compute<R>* dW_dec;        // [F, d], accumulated into
+};
+
+template <class T>
+struct AdamScalars {
+  T beta1, beta2, eps;
+  T rest1, rest2;            // 1 - beta, subtracted in fp64: 1 - 0.999f has only 17 good bits
+  T step;                    // lr / bias_corr1
+  T denom_scale;             // 1 / sqrt(bias_corr2)
+};
+
+template <class T>
+struct SaeAdamArgs {
+  LatentMajor list;
+  const T* e;
+  const T* x;
+  const T* values;
+  const T* b_dec;            // [d] or null
+  int64_t F, k, d;
+  T scale;
+  T *W_enc, *b_enc, *W_dec;  // in place
+  T *m_W_enc, *v_W_enc, *m_b_enc, *v_b_enc, *m_W_dec, *v_W_dec;
+  AdamScalars<T> adam;
+  bool remove_parallel, unit_norm;
+  const int64_t* extra_position;  // [F] or null: row of the extra gradients that belongs to latent f, or -1
+  const T *extra_dW_enc, *extra_db_enc, *extra_dW_dec;
+  T* db_times_W_enc;         // [d]: sum_f db_enc[f] * W_enc[f] before the update
+};
+
+template <class T>
+struct AdamRowsArgs {
+  T* W;                      // [rows, d] in place
+  const T* g;
+  T *m, *v;
+  int64_t rows, d;
+  T grad_scale;
+  AdamScalars<T> adam;
+  bool remove_parallel, unit_norm;
+};
+
+#define RK_DECLARE_KERNELS(ISA)                                             \
+  namespace ISA {                                                           \
+  template <class R>                                                        \
+  void topk_encode(const EncodeArgs<R>&, const Threads&);                   \
+  template <class R, class I>                                               \
+  void sparse_decode(const DecodeArgs<R, I>&, const Threads&);              \
+  template <class R, class I>                                               \
+  void row_dots(const DotArgs<R, I>&, const Threads&);                      \
+  template <class R>                                                        \
+  void weight_grad(const WeightGradArgs<R>&, const Threads&);               \
+  template <class R>                                                        \
+  void sae_backward(const SaeGradArgs<R>&, const Threads&);                 \
+  template <class T>                                                        \
+  void sae_backward_adam(const SaeAdamArgs<T>&, const Threads&);            \
+  template <class T>                                                        \
+  void adam_rows(const AdamRowsArgs<T>&, const Threads&);                   \
+  }
+
+RK_DECLARE_KERNELS(baseline)
+RK_DECLARE_KERNELS(avx2)
+RK_DECLARE_KERNELS(avx512)
+#undef RK_DECLARE_KERNELS
+
+}  // namespace rk

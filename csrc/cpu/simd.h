@@ -1,0 +1,162 @@
+// Vectors of one instruction set, as GCC/Clang vector extensions; compiled once per variant_*.cpp, which defines
+//   RK_ISA           namespace of the variant
+//   RK_VECTOR_BYTES  64 (AVX-512), 32 (AVX2), 16 (SSE2, NEON)
+// Everything is always_inline: a vector wider than the baseline's must not cross a function boundary of the baseline.
+#pragma once
+
+#include "types.h"
+
+#define RK_INLINE inline __attribute__((always_inline))
+
+namespace rk {
+namespace RK_ISA {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(RK_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(RK_VECTOR_BYTES)));
+  static constexpr int kLanes = RK_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(RK_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t Mask __attribute__((vector_size(RK_VECTOR_BYTES)));
+  static constexpr int kLanes = RK_VECTOR_BYTES / 8;
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+inline constexpr int kLanes = Simd<T>::kLanes;
+
+template <class T>
+RK_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};  // x - 0 is x for every x, -0.0 and NaN included
+}
+
+// Unaligned loads that widen to the compute type.
+RK_INLINE Vec<float> load(const float* p) {
+  return *reinterpret_cast<const Simd<float>::Unaligned*>(p);
+}
+RK_INLINE Vec<double> load(const double* p) {
+  return *reinterpret_cast<const Simd<double>::Unaligned*>(p);
+}
+
+typedef uint16_t HalfWords __attribute__((vector_size(RK_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(RK_VECTOR_BYTES)));
+
+RK_INLINE Vec<float> load(const BF16* p) {
+  const Words words = __builtin_convertvector(*reinterpret_cast<const HalfWords*>(p), Words);
+  return reinterpret_cast<Vec<float>>(words << 16);
+}
+
+RK_INLINE Vec<float> load(const F16* p) {
+#if RK_VECTOR_BYTES == 64
+  // The zero-masking form: GCC 12 warns about the undefined source operand inside the plain one.
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif RK_VECTOR_BYTES == 32
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> out;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    out[i] = widen(p[i]);
+  }
+  return out;
+#endif
+}
+
+template <class T>
+RK_INLINE void store(T* p, Vec<T> value) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = value;
+}
+template <class R>
+RK_INLINE void store_narrow(R* p, Vec<Compute<R>> value) {
+  for (int i = 0; i < kLanes<Compute<R>>; ++i) {
+    narrow(value[i], p[i]);
+  }
+}
+RK_INLINE void store_narrow(float* p, Vec<float> value) {
+  store<float>(p, value);
+}
+RK_INLINE void store_narrow(double* p, Vec<double> value) {
+  store<double>(p, value);
+}
+
+RK_INLINE Vec<float> vsqrt(Vec<float> a) {
+#if RK_VECTOR_BYTES == 64
+  return _mm512_maskz_sqrt_ps(0xffff, a);
+#elif RK_VECTOR_BYTES == 32
+  return _mm256_sqrt_ps(a);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) {
+    a[i] = __builtin_sqrtf(a[i]);
+  }
+  return a;
+#endif
+}
+RK_INLINE Vec<double> vsqrt(Vec<double> a) {
+#if RK_VECTOR_BYTES == 64
+  return _mm512_maskz_sqrt_pd(0xff, a);
+#elif RK_VECTOR_BYTES == 32
+  return _mm256_sqrt_pd(a);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) {
+    a[i] = __builtin_sqrt(a[i]);
+  }
+  return a;
+#endif
+}
+
+// Bit i is set where !(a[i] <= b[i]): greater, or NaN on either side.
+RK_INLINE uint32_t not_le(Vec<float> a, Vec<float> b) {
+#if RK_VECTOR_BYTES == 64
+  return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ);
+#elif RK_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnle_ps(a, b)));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes<float>; ++i) {
+    mask |= static_cast<uint32_t>(!(a[i] <= b[i])) << i;
+  }
+  return mask;
+#endif
+}
+RK_INLINE uint32_t not_le(Vec<double> a, Vec<double> b) {
+#if RK_VECTOR_BYTES == 64
+  return _mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ);
+#elif RK_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_NLE_UQ)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_pd(_mm_cmpnle_pd(a, b)));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes<double>; ++i) {
+    mask |= static_cast<uint32_t>(!(a[i] <= b[i])) << i;
+  }
+  return mask;
+#endif
+}
+
+// Pairwise over the lanes: a fixed order, so equal on every run.
+template <class T>
+RK_INLINE T horizontal_sum(Vec<T> a) {
+  T lane[kLanes<T>];
+  store<T>(lane, a);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      lane[i] += lane[i + width];
+    }
+  }
+  return lane[0];
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

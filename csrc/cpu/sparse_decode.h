@@ -1,0 +1,195 @@
+// out_n = sum_j values[n, j] * W[indices[n, j]] + b_dec (- x_n, with ||out_n||^2), and dvalues = <grad_n, W[i_j]>.
+//
+// N k d multiply-adds on N k gathered rows: bound by how fast rows arrive from the last-level cache or memory, not by
+// arithmetic. A block of columns is summed in registers over all k rows, so the result is written once; the rows that
+// come kAhead activations later are prefetched, because their addresses are data and no hardware prefetcher sees them.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace rk {
+namespace RK_ISA {
+
+constexpr int64_t kAhead = 6;
+#if RK_VECTOR_BYTES == 64
+constexpr int kDecodeVecs = 16;
+#else
+constexpr int kDecodeVecs = 8;
+#endif
+
+template <class R>
+RK_INLINE void prefetch_span(const R* p, int64_t elements) {
+  for (int64_t i = 0; i < elements; i += static_cast<int64_t>(64 / sizeof(R))) {
+    __builtin_prefetch(p + i);
+  }
+}
+
+// Columns [c, c + V * lanes) of one output row. `next` are the indices after this row's (null at the very end).
+template <class R, class I, int V>
+RK_INLINE Vec<Compute<R>> decode_span(
+    const DecodeArgs<R, I>& a, int64_t n, const Compute<R>* values, const I* next, int64_t c) {
+  using T = Compute<R>;
+  constexpr int64_t kSpan = V * kLanes<T>;
+  const I* indices = a.indices + n * a.k;
+  Vec<T> sum[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    sum[v] = Vec<T>{};
+  }
+  for (int64_t j = 0; j < a.k; ++j) {
+    const int64_t ahead = j + kAhead;
+    if (ahead < a.k) {
+      prefetch_span(a.W + static_cast<int64_t>(indices[ahead]) * a.d + c, kSpan);
+    } else if (c + kSpan < a.d) {
+      if (ahead - a.k < a.k) {
+        prefetch_span(a.W + static_cast<int64_t>(indices[ahead - a.k]) * a.d + c + kSpan, std::min(kSpan, a.d - c - kSpan));
+      }
+    } else if (next != nullptr && ahead - a.k < a.k) {
+      prefetch_span(a.W + static_cast<int64_t>(next[ahead - a.k]) * a.d, std::min(kSpan, a.d));
+    }
+    const R* row = a.W + static_cast<int64_t>(indices[j]) * a.d + c;
+    const Vec<T> value = splat<T>(values[j]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      sum[v] += value * load(row + v * kLanes<T>);
+    }
+  }
+  Vec<T> squares = Vec<T>{};
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    const int64_t at = c + v * kLanes<T>;
+    if (a.b_dec != nullptr) {
+      sum[v] += load(a.b_dec + at);
+    }
+    if (a.x != nullptr) {
+      sum[v] -= load(a.x + n * a.d + at);
+    }
+    squares += sum[v] * sum[v];
+    store_narrow(a.out + n * a.d + at, sum[v]);
+  }
+  return squares;
+}
+
+template <class R, class I>
+void decode_row(const DecodeArgs<R, I>& a, int64_t n, const Compute<R>* values, const I* next) {
+  using T = Compute<R>;
+  constexpr int L = kLanes<T>;
+  Vec<T> squares = Vec<T>{};
+  int64_t c = 0;
+  for (; c + kDecodeVecs * L <= a.d; c += kDecodeVecs * L) {
+    squares += decode_span<R, I, kDecodeVecs>(a, n, values, next, c);
+  }
+  for (; c + 4 * L <= a.d; c += 4 * L) {
+    squares += decode_span<R, I, 4>(a, n, values, next, c);
+  }
+  for (; c + L <= a.d; c += L) {
+    squares += decode_span<R, I, 1>(a, n, values, next, c);
+  }
+  T sq = horizontal_sum<T>(squares);
+  for (; c < a.d; ++c) {
+    T sum = 0;
+    for (int64_t j = 0; j < a.k; ++j) {
+      sum += values[j] * widen(a.W[static_cast<int64_t>(a.indices[n * a.k + j]) * a.d + c]);
+    }
+    sum += a.b_dec != nullptr ? a.b_dec[c] : T(0);
+    sum -= a.x != nullptr ? T(widen(a.x[n * a.d + c])) : T(0);
+    sq += sum * sum;
+    narrow(sum, a.out[n * a.d + c]);
+  }
+  if (a.sq != nullptr) {
+    a.sq[n] = sq;
+  }
+}
+
+constexpr int64_t kTokensPerTask = 16;
+
+template <class R, class I>
+void sparse_decode(const DecodeArgs<R, I>& a, const Threads& threads) {
+  using T = Compute<R>;
+  parallel_tasks(threads, (a.N + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
+    T* values = scratch<T>(Slot::kRows, a.k);
+    const int64_t end = std::min((task + 1) * kTokensPerTask, a.N);
+    for (int64_t n = task * kTokensPerTask; n < end; ++n) {
+      for (int64_t j = 0; j < a.k; ++j) {
+        const int64_t at = n * a.k + j;
+        const bool counts = a.mask == nullptr || !(widen(a.mask[at]) == T(0));
+        values[j] = counts ? T(widen(a.values[at])) : T(0);
+      }
+      decode_row(a, n, values, n + 1 < a.N ? a.indices + (n + 1) * a.k : nullptr);
+    }
+  });
+}
+
+// ---- dot products of rows ------------------------------------------------------------------------------------------
+
+// out[i] = <rows[i], w>. Two chains per row; four rows share the loads of w. Same bits for every G.
+template <class R, class S, int G>
+RK_INLINE void dots(const R* const (&rows)[G], const S* w, int64_t d, Compute<R> (&out)[G]) {
+  using T = Compute<R>;
+  constexpr int L = kLanes<T>;
+  Vec<T> even[G];
+  Vec<T> odd[G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    even[g] = Vec<T>{};
+    odd[g] = Vec<T>{};
+  }
+  int64_t c = 0;
+  for (; c + 2 * L <= d; c += 2 * L) {
+    const Vec<T> w0 = load(w + c);
+    const Vec<T> w1 = load(w + c + L);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      even[g] += load(rows[g] + c) * w0;
+      odd[g] += load(rows[g] + c + L) * w1;
+    }
+  }
+  if (c + L <= d) {
+    const Vec<T> w0 = load(w + c);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      even[g] += load(rows[g] + c) * w0;
+    }
+    c += L;
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    out[g] = horizontal_sum<T>(even[g] + odd[g]);
+    for (int64_t i = c; i < d; ++i) {
+      out[g] += T(widen(rows[g][i])) * T(widen(w[i]));
+    }
+  }
+}
+
+template <class R, class I>
+void row_dots(const DotArgs<R, I>& a, const Threads& threads) {
+  using T = Compute<R>;
+  const int64_t total = a.N * a.k;
+  parallel_tasks(threads, (a.N + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
+    const int64_t end = std::min((task + 1) * kTokensPerTask, a.N);
+    for (int64_t n = task * kTokensPerTask; n < end; ++n) {
+      const R* grad = a.grad + n * a.d;
+      int64_t j = 0;
+      const auto row = [&](int64_t i) { return a.W + static_cast<int64_t>(a.indices[n * a.k + i]) * a.d; };
+      for (; j + 4 <= a.k; j += 4) {
+        for (int64_t i = n * a.k + j + 4; i < std::min(n * a.k + j + 8, total); ++i) {
+          prefetch_span(a.W + static_cast<int64_t>(a.indices[i]) * a.d, a.d);
+        }
+        T out[4];
+        dots<R, R, 4>({row(j), row(j + 1), row(j + 2), row(j + 3)}, grad, a.d, out);
+        for (int i = 0; i < 4; ++i) {
+          narrow(out[i], a.dvalues[n * a.k + j + i]);
+        }
+      }
+      for (; j < a.k; ++j) {
+        T out[1];
+        dots<R, R, 1>({row(j)}, grad, a.d, out);
+        narrow(out[0], a.dvalues[n * a.k + j]);
+      }
+    }
+  });
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,309 @@
+// values, indices = top k of relu((x - b_dec) @ W_enc^T + b_enc) per row, without ever holding [N, F].
+//
+// 2 N F d flops on (N + F) d numbers: compute-bound, so the floor is the bare matrix product. The product is written out
+// here because the selection then sits behind the registers: a tile of pre-activations is compared with each row's
+// current k-th best value while it is still in the first-level cache, and only survivors are stored, about
+// k (1 + ln(F / k)) of F per row.
+//
+// * Vector lanes are rows of x (packed to [panel][d][rows], b_dec subtracted on the way); latents are broadcast from
+//   packed tiles [tile][k][kTileLatents]. kVecs x kTileLatents accumulators fill the register file.
+// * Blocking: kDepth columns at a time (longer rows add up in a buffer of partial sums), a chunk of latents that stays in
+//   the second-level cache while all panels of x pass by.
+// * Accumulation restarts every kSumLength columns: an error like a blocked product's, not a serial sum's.
+// * Work is split over rows; over latents only when there are too few rows to amortise the packing of W_enc.
+// * Every pre-activation is the same sequence of operations wherever its tile lies, and selection is by a total order:
+//   the result does not depend on threads or blocking.
+#pragma once
+
+#include "kernels.h"
+#include "select.h"
+#include "simd.h"
+
+namespace rk {
+namespace RK_ISA {
+
+#if RK_VECTOR_BYTES == 64
+constexpr int kTileLatents = 8;  // 8 x 3 accumulators + 3 of x + broadcasts in 32 registers
+#else
+constexpr int kTileLatents = 4;  // 4 x 3 + 3 + 1 in 16 registers
+#endif
+constexpr int kVecs = 3;
+constexpr int64_t kSumLength = 256;
+constexpr int64_t kDepth = 1024;
+constexpr int64_t kChunkElements = 128 * 1024;        // packed latents: half a MiB of fp32
+constexpr int64_t kPackedRowElements = 2 * 1024 * 1024;  // packed x per thread: 8 MiB of fp32
+constexpr int64_t kCandidateBytes = 16 << 20;         // candidates per thread, at least one panel's
+constexpr int64_t kRowsWorthSplitting = 512;          // rows per thread that amortise packing all of W_enc
+
+template <class T>
+constexpr int64_t kPanelRows = kVecs * kLanes<T>;
+
+// tile[f][row] (+)= sum_k w[k][f] * x[k][row]
+template <class T, int V>
+RK_INLINE void multiply(const T* __restrict x, const T* __restrict w, int64_t depth, T* __restrict tile, bool add) {
+  constexpr int L = kLanes<T>;
+  for (int64_t start = 0; start == 0 || start < depth; start += kSumLength) {
+    const int64_t length = std::min(kSumLength, depth - start);
+    Vec<T> sum[kTileLatents][V];
+#pragma GCC unroll 16
+    for (int f = 0; f < kTileLatents; ++f) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sum[f][v] = Vec<T>{};
+      }
+    }
+    for (int64_t i = 0; i < length; ++i) {
+      Vec<T> rows[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        rows[v] = load(x + v * L);
+      }
+#pragma GCC unroll 16
+      for (int f = 0; f < kTileLatents; ++f) {
+        const Vec<T> latent = splat<T>(w[f]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          sum[f][v] += latent * rows[v];
+        }
+      }
+      x += V * L;
+      w += kTileLatents;
+    }
+    if (start == 0 && !add) {
+#pragma GCC unroll 16
+      for (int f = 0; f < kTileLatents; ++f) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          store<T>(tile + (f * V + v) * L, sum[f][v]);
+        }
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int f = 0; f < kTileLatents; ++f) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          store<T>(tile + (f * V + v) * L, load(tile + (f * V + v) * L) + sum[f][v]);
+        }
+      }
+    }
+  }
+}
+
+// Candidates of a block of rows over a range of latents.
+template <class T>
+struct Candidates {
+  typename Candidate<T>::Key* keys;  // [rows, capacity]
+  T* threshold;                      // [rows]: a later latent must exceed it
+  int64_t* count;                    // [rows]
+  int64_t capacity, k;
+
+  void push(int64_t row, T value, uint32_t index) {
+    auto* own = keys + row * capacity;
+    own[count[row]++] = Candidate<T>::key(value, index);
+    if (count[row] == capacity && capacity > k) {
+      threshold[row] = keep_best<T>(own, capacity, k);
+      count[row] = k;
+    }
+  }
+};
+
+template <class T, int V>
+RK_INLINE void filter(
+    T* tile, const T* bias, int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Candidates<T>& out) {
+  constexpr int L = kLanes<T>;
+  Vec<T> threshold[V];
+  uint32_t exists[V];
+  for (int v = 0; v < V; ++v) {
+    threshold[v] = load(out.threshold + first_row + v * L);
+    const int64_t lanes = std::clamp<int64_t>(rows - v * L, 0, L);
+    exists[v] = (uint32_t{1} << lanes) - 1;
+  }
+  for (int64_t f = 0; f < latents; ++f) {
+    const Vec<T> b = splat<T>(bias[first_latent + f]);
+    for (int v = 0; v < V; ++v) {
+      T* sums = tile + (f * V + v) * L;
+      const Vec<T> pre = load(sums) + b;
+      uint32_t survivors = not_le(pre, threshold[v]) & exists[v];
+      if (survivors == 0) {
+        continue;
+      }
+      store<T>(sums, pre);
+      while (survivors != 0) {
+        const int lane = __builtin_ctz(survivors);
+        survivors &= survivors - 1;
+        out.push(first_row + v * L + lane, sums[lane], static_cast<uint32_t>(first_latent + f));
+      }
+    }
+  }
+}
+
+// [rows, d] -> [d][lanes], b_dec subtracted; lanes beyond the rows are 0.
+template <class R>
+void pack_panel(const R* x, const Compute<R>* b_dec, int64_t rows, int64_t lanes, int64_t d, Compute<R>* out) {
+  for (int64_t start = 0; start < d; start += 16) {
+    const int64_t end = std::min(d, start + 16);
+    for (int64_t r = 0; r < lanes; ++r) {
+      for (int64_t c = start; c < end; ++c) {
+        Compute<R> value = 0;
+        if (r < rows) {
+          value = widen(x[r * d + c]);
+          value -= b_dec == nullptr ? Compute<R>(0) : b_dec[c];
+        }
+        out[c * lanes + r] = value;
+      }
+    }
+  }
+}
+
+// Columns [start, start + depth) of `latents` rows of W -> [tile][depth][kTileLatents], zero-padded to whole tiles.
+template <class R>
+void pack_latents(const R* W, int64_t latents, int64_t d, int64_t start, int64_t depth, Compute<R>* out) {
+  for (int64_t f = 0; f < latents; f += kTileLatents) {
+    for (int64_t i = 0; i < kTileLatents; ++i) {
+      if (f + i < latents) {
+        const R* row = W + (f + i) * d + start;
+        for (int64_t c = 0; c < depth; ++c) {
+          out[c * kTileLatents + i] = widen(row[c]);
+        }
+      } else {
+        for (int64_t c = 0; c < depth; ++c) {
+          out[c * kTileLatents + i] = 0;
+        }
+      }
+    }
+    out += kTileLatents * depth;
+  }
+}
+
+template <class T, int V>
+void multiply_and_filter(
+    const T* panel, const T* packed, int64_t depth, T* partial, bool first, bool last, const T* bias,
+    int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Candidates<T>& candidates) {
+  constexpr int64_t kTile = kTileLatents * V * kLanes<T>;
+  alignas(64) T local[kTile];
+  for (int64_t f = 0; f < latents; f += kTileLatents) {
+    T* tile = first && last ? local : partial;
+    multiply<T, V>(panel, packed, depth, tile, !first);
+    if (last) {
+      filter<T, V>(
+          tile, bias, first_latent + f, std::min<int64_t>(kTileLatents, latents - f), first_row, rows, candidates);
+    }
+    packed += kTileLatents * depth;
+    partial += kTile;
+  }
+}
+
+// All candidates of rows [0, rows) of x among latents [begin, end).
+template <class R>
+void encode_block(
+    const EncodeArgs<R>& a, const R* x, int64_t rows, int64_t begin, int64_t end, Candidates<Compute<R>>& candidates) {
+  using T = Compute<R>;
+  const int64_t d = a.d;
+  const int64_t panels = (rows + kPanelRows<T> - 1) / kPanelRows<T>;
+  const int64_t depth_most = std::min(d, kDepth);
+  int64_t chunk = kChunkElements / std::max<int64_t>(depth_most, 1) / kTileLatents * kTileLatents;
+  chunk = std::clamp<int64_t>(chunk, kTileLatents, 4096);
+  chunk = std::min(chunk, (end - begin + kTileLatents - 1) / kTileLatents * kTileLatents);
+
+  std::fill(candidates.threshold, candidates.threshold + panels * kPanelRows<T>, T(0));
+  std::fill(candidates.count, candidates.count + panels * kPanelRows<T>, int64_t{0});
+  T* packed_x = scratch<T>(Slot::kPackedX, panels * kPanelRows<T> * d);
+  T* packed_w = scratch<T>(Slot::kPackedW, chunk * depth_most);
+  T* partial = scratch<T>(Slot::kPartialSums, d > kDepth ? panels * kPanelRows<T> * chunk : 1);
+
+  const auto lanes_of = [&](int64_t panel) {
+    const int64_t left = std::min(rows - panel * kPanelRows<T>, kPanelRows<T>);
+    return (left + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  };
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t row = p * kPanelRows<T>;
+    pack_panel(x + row * d, a.b_dec, std::min(rows - row, kPanelRows<T>), lanes_of(p), d, packed_x + row * d);
+  }
+  for (int64_t f = begin; f < end; f += chunk) {
+    const int64_t latents = std::min(chunk, end - f);
+    for (int64_t start = 0; start == 0 || start < d; start += kDepth) {
+      const int64_t depth = std::min(kDepth, d - start);
+      pack_latents(a.W + f * d, latents, d, start, depth, packed_w);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t row = p * kPanelRows<T>;
+        const int64_t lanes = lanes_of(p);
+        const T* panel = packed_x + row * d + start * lanes;
+        T* sums = partial + (d > kDepth ? row * chunk : 0);
+        const auto run = [&](auto vecs) {
+          multiply_and_filter<T, decltype(vecs)::value>(
+              panel, packed_w, depth, sums, start == 0, start + depth >= d, a.b_enc, f, latents, row, rows - row,
+              candidates);
+        };
+        if (lanes == 3 * kLanes<T>) {
+          run(std::integral_constant<int, 3>());
+        } else if (lanes == 2 * kLanes<T>) {
+          run(std::integral_constant<int, 2>());
+        } else {
+          run(std::integral_constant<int, 1>());
+        }
+      }
+    }
+  }
+}
+
+template <class R>
+void topk_encode(const EncodeArgs<R>& a, const Threads& threads) {
+  using T = Compute<R>;
+  using Key = typename Candidate<T>::Key;
+  if (a.N == 0) {
+    return;
+  }
+  const int64_t row_parts = std::clamp<int64_t>(a.N / kRowsWorthSplitting, 1, std::max<int64_t>(threads.count, 1));
+  const int64_t tiles = (a.F + kTileLatents - 1) / kTileLatents;
+  const int64_t latent_parts = std::clamp<int64_t>(threads.count / row_parts, 1, tiles);
+  const int64_t latents_each = (tiles + latent_parts - 1) / latent_parts * kTileLatents;
+  const int64_t capacity = std::min(std::max(2 * a.k, a.k + 32), latents_each);
+
+  const auto whole_panels = [](int64_t rows) { return (rows + kPanelRows<T> - 1) / kPanelRows<T> * kPanelRows<T>; };
+  int64_t rows_each = whole_panels((a.N + row_parts - 1) / row_parts);
+  rows_each = std::min(rows_each, kPackedRowElements / std::max<int64_t>(a.d, 1));
+  rows_each = std::min(rows_each, kCandidateBytes / (capacity * static_cast<int64_t>(sizeof(Key))));
+  rows_each = std::max<int64_t>(rows_each / kPanelRows<T>, 1) * kPanelRows<T>;
+
+  const int64_t parts = row_parts * latent_parts;
+  Key* keys = scratch<Key>(Slot::kCandidates, parts * rows_each * (capacity + 2));
+  T* thresholds = reinterpret_cast<T*>(keys + parts * rows_each * capacity);
+  int64_t* counts = reinterpret_cast<int64_t*>(keys + parts * rows_each * (capacity + 1));
+
+  for (int64_t base = 0; base < a.N; base += row_parts * rows_each) {
+    const auto block = [&](int64_t row_part, int64_t latent_part) {
+      const int64_t part = row_part * latent_parts + latent_part;
+      return Candidates<T>{
+          keys + part * rows_each * capacity, thresholds + part * rows_each, counts + part * rows_each, capacity, a.k};
+    };
+    parallel_tasks(threads, parts, [&](int64_t part) {
+      const int64_t row = base + part / latent_parts * rows_each;
+      const int64_t rows = std::min(rows_each, a.N - row);
+      const int64_t begin = std::min(part % latent_parts * latents_each, a.F);
+      const int64_t end = std::min(begin + latents_each, a.F);
+      if (rows > 0) {
+        Candidates<T> candidates = block(part / latent_parts, part % latent_parts);
+        encode_block(a, a.x + row * a.d, rows, begin, end, candidates);
+      }
+    });
+    const int64_t rows_here = std::min(row_parts * rows_each, a.N - base);
+    constexpr int64_t kRowsPerTask = 64;
+    parallel_tasks(threads, (rows_here + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
+      Key* merged = scratch<Key>(Slot::kMerge, latent_parts * capacity);
+      for (int64_t r = task * kRowsPerTask; r < std::min((task + 1) * kRowsPerTask, rows_here); ++r) {
+        int64_t n = 0;
+        for (int64_t part = 0; part < latent_parts; ++part) {
+          const Candidates<T> own = block(r / rows_each, part);
+          const Key* from = own.keys + r % rows_each * capacity;
+          const int64_t count = own.count[r % rows_each];
+          std::copy(from, from + count, merged + n);
+          n += count;
+        }
+        write_row<R>(merged, n, a.k, a.values + (base + r) * a.k, a.indices + (base + r) * a.k);
+      }
+    });
+  }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

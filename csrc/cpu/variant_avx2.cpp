@@ -1,0 +1,37 @@
+// AVX2 and FMA (Haswell, Zen and later).
+//
+// The instruction set is chosen by a pragma after every library header, never by a compiler flag: inline functions of
+// the standard library then stay baseline code, so the linker cannot pick a copy that an older machine cannot run.
+#if defined(__x86_64__)
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <type_traits>
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "select.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#endif
+
+#define RK_ISA avx2
+#define RK_VECTOR_BYTES 32
+#include "simd.h"
+#include "topk_encode.h"
+#include "sparse_decode.h"
+#include "adam.h"
+#include "backward.h"
+#include "instantiate.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__
