@@ -1,0 +1,367 @@
+"""topk_encode: the k largest of relu((x - b_dec) W_enc^T + b_enc) per row, exactly, without ever holding [N, F].
+
+    pre = (x - b_dec) W_enc^T + b_enc       accumulated in fp32
+    values, indices = the first k of a stable descending sort of relu(pre)
+
+How. Rows are taken in blocks of R and latents in chunks of C, so that a chunk of pre-activations, [R, C] fp32, stays in the
+L2 cache. Each chunk is one GEMM into a reused buffer and one filter pass over it:
+
+* A row keeps a candidate list of at most CAPACITY keys (pre-activation bits << 32 | 0x7fffffff - latent) and a limit: the
+  pre-activation of the k-th best latent so far. Chunks come in ascending order of the latent, so a later latent enters only by
+  being strictly greater than the limit: an equal one would lose the tie. Nothing else of the chunk is written anywhere.
+* When the list is about to overflow, the same program reduces it to its k best (bitonic top-k over the 64-bit keys, which are
+  all different) and raises the limit. On data in random order that happens about log(F / CAPACITY) / log(CAPACITY / k) times
+  per row, the "geometric phases" of a threshold filter; on rows sorted in ascending order it happens every CAPACITY - k
+  latents. So overflow is no special case: there is no flag, no host synchronisation and no second code path, only more work.
+* The limit starts below zero and zeros are candidates too, hence rows with fewer than k positives end with zeros at the
+  lowest unused latents. NaN takes the largest key and so ranks first.
+
+k > 1024 does not fit a list in registers: there, chunks are merged by `torch.topk` over the 64-bit keys (slower, equally exact).
+
+Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16 out.
+Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection about 1 ms.
+Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+Workspace: R C 4 bytes + R CAPACITY 8 bytes (at most about 40 MB), independent of N and F; + F 4 bytes of folded bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Configuration, Tiles, next_power_of_2, on_device
+
+
+@triton.jit
+def _rank_bits(pre):
+    """Non-negative int32 that orders like relu(pre): -0 and negatives are 0, NaN is above infinity."""
+    bits = tl.where(pre > 0, pre.to(tl.int32, bitcast=True), 0)
+    return tl.where(pre != pre, 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _key(bits, latent):
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - latent).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gemm_kernel(
+    x_ptr, w_ptr, out_ptr, rows, columns, d,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out [rows, columns] fp32 = x [rows, d] w [columns, d]^T; "ieee" so that fp32 operands are not cut to tf32."""
+    # Tiles are walked in groups of GROUP_M row tiles, so that the programs in flight share W tiles in L2.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_rows
+    tile_n = (pid % (GROUP_M * tiles_n)) // group_rows
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    x_tile = x_ptr + m.to(tl.int64)[:, None] * d + inner[None, :]
+    w_tile = w_ptr + n.to(tl.int64)[None, :] * d + inner[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, d, BLOCK_K):
+        live = inner < d - start
+        a = tl.load(x_tile, mask=(m < rows)[:, None] & live[None, :], other=0.0)
+        b = tl.load(w_tile, mask=(n < columns)[None, :] & live[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K
+    out = out_ptr + m.to(tl.int64)[:, None] * columns + n[None, :]
+    tl.store(out, total, mask=(m < rows)[:, None] & (n < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_latents"])
+def _fold_bias_kernel(
+    w_ptr, b_enc_ptr, b_dec_ptr, out_ptr, n_latents, d, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """out [F] = b_enc - W_enc b_dec in fp32: 16-bit operands of the GEMM stay x itself, not x - b_dec rounded again."""
+    latent = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    exists = latent < n_latents
+    total = tl.zeros([BLOCK_F], dtype=tl.float32)
+    for start in range(0, d, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        live = column < d
+        w = tl.load(w_ptr + latent[:, None] * d + column[None, :], mask=exists[:, None] & live[None, :], other=0.0)
+        shift = tl.load(b_dec_ptr + column, mask=live, other=0.0)
+        total += tl.sum(w.to(tl.float32) * shift[None, :], axis=1)
+    tl.store(out_ptr + latent, tl.load(b_enc_ptr + latent, mask=exists) - total, mask=exists)
+
+
+@triton.jit(do_not_specialize=["last"])
+def _filter_kernel(
+    pre_ptr, bias_ptr, keys_ptr, count_ptr, limit_ptr, columns, first, last, k,
+    K: tl.constexpr, CAPACITY: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program owns one row: scans its chunk [columns] in order and appends what beats the row's limit.
+
+    After the `last` chunk (1, else 0) the row's first k keys are the result, in order.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    pre_ptr += row * columns
+    keys_ptr += row * CAPACITY
+    bias_ptr += first
+    count = 0
+    limit = -1
+    if first > 0:
+        count = tl.load(count_ptr + row)
+        limit = tl.load(limit_ptr + row)
+    # The last chunk ends with one empty block that only reduces the list: the top-k is compiled once.
+    for start in range(0, columns + last * BLOCK, BLOCK):
+        finish = start >= columns
+        # The whole block is judged by its maximum first: once the limit has risen, most blocks end here.
+        wide = start + tl.arange(0, BLOCK)
+        inside = wide < columns
+        block = tl.load(pre_ptr + wide, mask=inside, other=0.0) + tl.load(bias_ptr + wide, mask=inside, other=0.0)
+        if finish | (tl.max(tl.where(inside, _rank_bits(block), -1)) > limit):
+            for step in range(start, tl.minimum(start + BLOCK, tl.maximum(columns, start + 1)), STEP):
+                # Read again, from L1: a register tile cannot be cut into pieces.
+                column = step + tl.arange(0, STEP)
+                live = column < columns
+                pre = tl.load(pre_ptr + column, mask=live, other=0.0) + tl.load(bias_ptr + column, mask=live, other=0.0)
+                bits = tl.where(live, _rank_bits(pre), -1)
+                keep = bits > limit
+                found = tl.sum(keep.to(tl.int32))
+                if finish | (count + found > CAPACITY):
+                    slot = tl.arange(0, CAPACITY)
+                    # The list lives in global memory: the barriers order the appends of other threads before this
+                    # read, and this read before the stores that reuse its slots.
+                    tl.debug_barrier()
+                    listed = tl.load(keys_ptr + slot, mask=slot < count, other=-1)
+                    tl.debug_barrier()
+                    best = tl.topk(listed, K)
+                    rank = tl.arange(0, K)
+                    tl.store(keys_ptr + rank, best, mask=rank < k)
+                    limit = tl.max(tl.where(rank == k - 1, best >> 32, -1)).to(tl.int32)
+                    count = k
+                    keep = bits > limit
+                    found = tl.sum(keep.to(tl.int32))
+                if found > 0:
+                    place = count + tl.cumsum(keep.to(tl.int32)) - 1
+                    tl.store(keys_ptr + place, _key(bits, first + column), mask=keep)
+                    count += found
+    tl.store(count_ptr + row, count)
+    tl.store(limit_ptr + row, limit)
+
+
+@triton.jit
+def _pack_kernel(pre_ptr, bias_ptr, keys_ptr, columns, first, k, width, BLOCK: tl.constexpr):
+    """keys [R, width][:, k:] = the chunk's keys, beside the k best of the chunks before (large k only)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = column < columns
+    pre = tl.load(pre_ptr + row * columns + column, mask=live, other=0.0)
+    pre += tl.load(bias_ptr + first + column, mask=live, other=0.0)
+    tl.store(keys_ptr + row * width + k + column, _key(_rank_bits(pre), first + column), mask=live)
+
+
+@triton.jit
+def _unpack_kernel(keys_ptr, values_ptr, indices_ptr, k, width, BLOCK: tl.constexpr):
+    """values, indices [R, k] from the first k of each row of keys [R, width]."""
+    row = tl.program_id(0).to(tl.int64)
+    rank = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + row * width + rank, mask=rank < k, other=0)
+    value = (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(values_ptr + row * k + rank, value.to(values_ptr.dtype.element_ty), mask=rank < k)
+    tl.store(indices_ptr + row * k + rank, 0x7FFFFFFF - (key & 0x7FFFFFFF), mask=rank < k)
+
+
+# (largest k, list capacity, append step, warps). capacity - step >= k, or an append could overflow right after a reduction.
+# The list is short on purpose: one reduction of 512 keys is 1.3 k instructions per warp, one of 2048 keys is 3.7 k.
+_LISTS = ((64, 512, 256, 4), (256, 1024, 512, 4), (1024, 2048, 1024, 8))
+_SCAN = 1024  # columns judged by one maximum
+_BIAS = Tiles({"BLOCK_F": 16, "BLOCK_D": 256}, num_warps=4)
+_PACK = Tiles({"BLOCK": 1024}, num_warps=4)
+_UNPACK = Tiles({"BLOCK": 64}, num_warps=1)
+
+
+def _list_tiles(largest: int, capacity: int, step: int, warps: int) -> Tiles:
+    return Tiles({"K": largest, "CAPACITY": capacity, "STEP": step, "BLOCK": _SCAN}, warps)
+
+
+def list_tiles(k: int) -> Tiles | None:
+    """Tiles of the filter for this k, or None where k takes the merging route."""
+    return next((_list_tiles(*row) for row in _LISTS if k <= row[0]), None)
+
+
+def gemm_tiles(dtype: torch.dtype) -> Tiles:
+    # fp32 "ieee" runs on FMA units: larger tiles than 64 x 64 spill. 16 bit: 3 stages of 128 x 256 x 64 fill sm_80's 163 KB.
+    if dtype == torch.float32:
+        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3)
+    return Tiles({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3)
+
+
+def _has_mm_with_fp32_output() -> bool:
+    return hasattr(torch.ops.aten.mm, "dtype_out")
+
+
+def _project(x: Tensor, W: Tensor, out: Tensor) -> None:
+    """out [R, C] fp32 = x [R, d] W [C, d]^T, by cuBLAS where it can write fp32 from these operands, else by Triton."""
+    if x.is_cuda and x.dtype == torch.float32:
+        torch.mm(x, W.T, out=out)
+    elif x.is_cuda and _has_mm_with_fp32_output():
+        torch.ops.aten.mm.dtype_out(x, W.T, torch.float32, out=out)
+    else:
+        triton_project(x, W, out)
+
+
+def triton_project(x: Tensor, W: Tensor, out: Tensor) -> None:
+    """The same product by `_gemm_kernel` alone: any device that Triton runs on."""
+    rows, columns = out.shape
+    tiles = gemm_tiles(x.dtype)
+    grid = (triton.cdiv(rows, tiles.constexprs["BLOCK_M"]) * triton.cdiv(columns, tiles.constexprs["BLOCK_N"]),)
+    _gemm_kernel[grid](x, W, out, rows, columns, x.shape[1], **tiles.options())
+
+
+def _chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
+    """(R, C): rows and latents of one chunk. The fp32 buffer takes about half of the L2, which the operands share."""
+    l2_bytes = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else 1 << 20
+    elements = max(l2_bytes // 2, 1 << 20) // 4
+    rows = min(x.shape[0], 2048)
+    if list_tiles(k) is None:
+        rows = min(rows, max(1, elements // (4 * next_power_of_2(k))))
+    columns = max(1024, min(elements // rows, 8192) // 1024 * 1024)
+    return rows, min(columns, n_latents)
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None,
+    *,
+    chunk: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """values [N, k] in x's dtype and indices [N, k] int64; see the module's docstring.
+
+    x [N, d] and W_enc [F, d] share one dtype of fp32, bf16, fp16; b_enc [F] and b_dec [d] are fp32; 1 <= k <= F < 2^31.
+    `chunk` = (rows, latents) overrides the size of the work buffer.
+
+    Equivalent to: torch.sort(torch.relu((x - b_dec) @ W_enc.T + b_enc), descending=True, stable=True), first k columns.
+    """
+    n, d = x.shape
+    n_latents = W_enc.shape[0]
+    values = torch.empty(n, k, dtype=x.dtype, device=x.device)
+    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    if n == 0:
+        return values, indices
+    rows, columns = chunk or _chunk_shape(x, n_latents, k)
+    rows, columns = min(rows, n), min(columns, n_latents)
+    lists = list_tiles(k)
+    with on_device(x):
+        buffer = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
+        bias = b_enc
+        # fp32 loses nothing by subtracting first, and keeps its digits where x lies far from the origin.
+        shift = b_dec if x.dtype == torch.float32 else None
+        centred = torch.empty(rows if shift is not None else 0, d, dtype=torch.float32, device=x.device)
+        if b_dec is not None and shift is None:
+            bias = torch.empty_like(b_enc)
+            grid = (triton.cdiv(n_latents, _BIAS.constexprs["BLOCK_F"]),)
+            _fold_bias_kernel[grid](W_enc, b_enc, b_dec, bias, n_latents, d, **_BIAS.options())
+        width = k + columns if lists is None else lists.constexprs["CAPACITY"]
+        keys = torch.empty(rows, width, dtype=torch.int64, device=x.device)
+        count = torch.empty(rows, dtype=torch.int32, device=x.device)
+        limit = torch.empty(rows, dtype=torch.int32, device=x.device)
+        for top in range(0, n, rows):
+            block = x[top : top + rows]
+            r = block.shape[0]
+            if shift is not None:
+                block = torch.sub(block, shift, out=centred[:r])
+            if lists is None:
+                keys[:, :k] = -1
+            for first in range(0, n_latents, columns):
+                c = min(columns, n_latents - first)
+                pre = buffer[: r * c].view(r, c)
+                _project(block, W_enc[first : first + c], pre)
+                if lists is not None:
+                    last = int(first + c == n_latents)
+                    _filter_kernel[(r,)](pre, bias, keys, count, limit, c, first, last, k, **lists.options())
+                else:
+                    pack_grid = (r, triton.cdiv(c, _PACK.constexprs["BLOCK"]))
+                    _pack_kernel[pack_grid](pre, bias, keys, c, first, k, width, **_PACK.options())
+                    # -1 at first, all different afterwards: which of equal keys is taken cannot matter.
+                    keys[:r, :k] = torch.topk(keys[:r, : k + c], k, dim=1, sorted=True).values
+            unpack_grid = (r, triton.cdiv(k, _UNPACK.constexprs["BLOCK"]))
+            _unpack_kernel[unpack_grid](
+                keys, values[top : top + r], indices[top : top + r], k, width, **_UNPACK.options()
+            )
+    return values, indices
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every kernel of this file as it ships."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        yield Configuration(
+            _gemm_kernel,
+            f"encode.gemm[{name}]",
+            {"x_ptr": f"*{name}", "w_ptr": f"*{name}", "out_ptr": "*fp32", "rows": "i32", "columns": "i32", "d": "i32"},
+            gemm_tiles(dtype),
+            ("columns", "d"),
+            tensor_cores=dtype != torch.float32,
+        )
+    for name in ("bf16", "fp16"):
+        yield Configuration(
+            _fold_bias_kernel,
+            f"encode.fold_bias[{name}]",
+            {
+                "w_ptr": f"*{name}",
+                "b_enc_ptr": "*fp32",
+                "b_dec_ptr": "*fp32",
+                "out_ptr": "*fp32",
+                "n_latents": "i32",
+                "d": "i32",
+            },
+            _BIAS,
+            ("d",),
+        )
+    for row in _LISTS:
+        yield Configuration(
+            _filter_kernel,
+            f"encode.filter[k<={row[0]}]",
+            {
+                "pre_ptr": "*fp32",
+                "bias_ptr": "*fp32",
+                "keys_ptr": "*i64",
+                "count_ptr": "*i32",
+                "limit_ptr": "*i32",
+                "columns": "i32",
+                "first": "i32",
+                "last": "i32",
+                "k": "i32",
+            },
+            _list_tiles(*row),
+            ("columns", "first", "k"),
+        )
+    yield Configuration(
+        _pack_kernel,
+        "encode.pack",
+        {
+            "pre_ptr": "*fp32",
+            "bias_ptr": "*fp32",
+            "keys_ptr": "*i64",
+            "columns": "i32",
+            "first": "i32",
+            "k": "i32",
+            "width": "i32",
+        },
+        _PACK,
+        ("columns", "first"),
+    )
+    for name in ("bf16", "fp32"):
+        yield Configuration(
+            _unpack_kernel,
+            f"encode.unpack[{name}]",
+            {"keys_ptr": "*i64", "values_ptr": f"*{name}", "indices_ptr": "*i64", "k": "i32", "width": "i32"},
+            _UNPACK,
+            ("k", "width"),
+        )

@@ -1,0 +1,14 @@
+"""All kernels × shipped configurations, so that tests and GPU scripts can be sure that nothing is left uncompiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import adam, backward, decode, encode
+from .launch import Configuration
+
+
+def configurations() -> Iterator[Configuration]:
+    """The configurations of every kernel file."""
+    for module in (encode, decode, backward, adam):
+        yield from module.configurations()
