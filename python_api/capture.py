@@ -57,7 +57,8 @@ class Capture:
         heads: per layer the selected heads, None for all.
         widths: per layer the columns of what is captured, ``n_selected_heads * head_dim``.
         z: per layer the latest forward's z, ``[batch, tokens, width]``, padding included. Filled by every forward of
-            the model inside the context (also by a plain ``model(**batch)``, which runs to its end).
+            the model inside the context, also by a plain ``model(**batch)``, which runs to its end; emptied by
+            :meth:`run`.
     """
 
     def __init__(self, model: nn.Module, layers: list[int], heads: HeadSelection, per_head: bool, detach: bool) -> None:
@@ -123,7 +124,7 @@ class Capture:
                 raise
         finally:
             self._stop = None
-        captured, self.z = self.z, {}
+            captured, self.z = self.z, {}  # keep nothing alive, also after an error
         mask = positions
         if mask is None:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -173,7 +174,9 @@ def capture(
         heads: None for the whole z; a sequence of heads for every layer, or ``{layer: heads}``. Columns come in the
             order given.
         per_head: return ``[tokens, heads, head_dim]`` instead of ``[tokens, heads * head_dim]``.
-        detach: cut z off the graph, and run under ``torch.no_grad``. False keeps gradients (attribution).
+        detach: cut z off the graph, and run under ``torch.no_grad``. False keeps it in the graph, for attribution:
+            ``torch.autograd.grad(metric, cap.z[layer])`` after a plain ``model(**batch)``. Leave ``heads`` None then;
+            a selection of columns is a copy beside the model's path and gets no gradient.
         eval_mode: dropout would make z noise, so the model is in eval mode inside; each module's flag is restored.
 
     Yields:
