@@ -167,7 +167,6 @@ class _Step:
         total = squares.sum()
         mse = total / n
         aux_loss = mse.new_zeros(()) if aux is None else aux.loss
-        centred = self.x.to(self.ct) - self.x.mean(0, dtype=self.ct)
         fired = (values > 0).flatten()
         counts = torch.zeros(self.W_enc.shape[0], dtype=torch.int64, device=values.device)
         counts.scatter_add_(0, indices.flatten(), fired.to(torch.int64))
@@ -175,12 +174,19 @@ class _Step:
             loss=mse + self.aux_alpha * aux_loss,
             mse=mse,
             aux_loss=aux_loss,
-            fvu=total / centred.square_().sum(),
+            fvu=total / self._total_variance(),
             l0=fired.sum() / n,
             fire_counts=counts,
             values=values,
             indices=indices,
         )
+
+    def _total_variance(self) -> Tensor:
+        """sum_n ||x_n - mean||^2. Centred before it is squared, so that a large mean costs no digits; on a CPU in chunks
+        that stay in cache, where one [N, d] temporary would be paid for in page faults at every step."""
+        mean = self.x.mean(0, dtype=self.ct)
+        rows = 256 if self.x.device.type == "cpu" else max(1, self.x.shape[0])
+        return torch.stack([(part - mean).square_().sum() for part in self.x.split(rows)]).sum()
 
     def _gradients(
         self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None
