@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_index_range, compute_dtype
+from .checks import compute_dtype
 
 
 def _codes(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
@@ -58,7 +58,6 @@ def topk_encode_backward(
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """x_hat [N, d] = sum_j values_j W_dec[indices_j] + b_dec."""
-    check_index_range("sparse_decode", indices, W_dec.shape[0])
     codes = _codes(values, indices, W_dec.shape[0])
     x_hat = codes @ W_dec.to(codes.dtype)
     return (x_hat if b_dec is None else x_hat + b_dec.to(codes.dtype)).to(W_dec.dtype)

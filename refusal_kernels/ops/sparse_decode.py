@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
-from ..checks import check_decoder, compute_dtype, matmul_dtype
+from ..checks import check_decoder, check_index_range, compute_dtype, matmul_dtype
 from .library import define, pick, without_autocast
 
 
@@ -80,6 +80,7 @@ class _SparseDecode(torch.autograd.Function):
 
 
 def _forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None) -> Tensor:
+    check_index_range("sparse_decode", indices, W_dec.shape[0])
     chosen = pick("sparse_decode", W_dec, values.shape[1], W_dec.shape[0], backend)
     b_dec = None if b_dec is None else b_dec.to(compute_dtype(W_dec.dtype)).contiguous()
     with without_autocast(W_dec.device.type):
