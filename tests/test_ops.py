@@ -99,8 +99,8 @@ def test_encode_survives_rows_in_the_order_worst_for_a_filter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_encode_is_as_accurate_as_torch(backend, dtype):
+def test_encode_is_as_accurate_as_torch(backend):
+    dtype = torch.float32
     n, d, f, k = 64, 300, 1000, 20
     x, W, b, b_dec = (torch.randn(*s, dtype=dtype) for s in ((n, d), (f, d), (f,), (d,)))
     exact = ((x.double() - b_dec.double()) @ W.double().T + b.double()).relu()
