@@ -2,40 +2,34 @@
 // themselves with torch's dispatcher when this library is loaded (csrc/cpu, csrc/cuda), through its stable C ABI.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "build_config.h"
+#include "cpu/isa.h"
+#include "cuda/sparse_decode.h"
 
 namespace py = pybind11;
 
 namespace {
 
-// The newest instruction set of this processor among those the CPU kernels are compiled for.
-const char* cpu_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-#endif
-  return "default";
-}
-
-py::list split(const std::string& text, char separator) {
-  py::list parts;
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
   for (size_t begin = 0; begin < text.size();) {
     size_t end = text.find(separator, begin);
     if (end == std::string::npos) end = text.size();
-    parts.append(text.substr(begin, end - begin));
+    parts.push_back(text.substr(begin, end - begin));
     begin = end + 1;
   }
   return parts;
 }
 
-py::object text_or_none(const char* text) {
-  return *text ? py::object(py::str(text)) : py::none();
+std::optional<std::string> text_or_none(const char* text) {
+  return *text ? std::optional<std::string>(text) : std::nullopt;
 }
 
 py::dict build_info() {
@@ -46,7 +40,7 @@ py::dict build_info() {
   info["torch"] = RK_TORCH_VERSION;
   info["torch_abi_target"] = "2.10";
   info["git_commit"] = text_or_none(RK_GIT_COMMIT);
-  info["isa"] = cpu_isa();
+  info["isa"] = rk::isa_name();
 #ifdef RK_WITH_CUDA
   info["cuda"] = true;
 #else
@@ -58,9 +52,53 @@ py::dict build_info() {
   return info;
 }
 
+// The launch of a CUDA kernel, from the functions the launchers themselves use; see _C.pyi.
+py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const std::string& dtype) {
+  using namespace rk::cuda;
+  const auto [n, d, n_latents, k] = shape;
+  if (n < 0 || d < 1 || n_latents < 1 || k < 0) {
+    throw py::value_error("plan: shape must be (N, d, F, k) with N, k >= 0 and d, F >= 1");
+  }
+  RowType type;
+  if (dtype == "float32") {
+    type = RowType::kFloat32;
+  } else if (dtype == "bfloat16") {
+    type = RowType::kBFloat16;
+  } else if (dtype == "float16") {
+    type = RowType::kFloat16;
+  } else {
+    throw py::value_error("plan: dtype must be float32, bfloat16 or float16; got '" + dtype + "'");
+  }
+  const RowSplit split = split_row(d, type, true);
+  Grid grid;
+  int64_t workspace = 0;
+  if (op == "sparse_decode") {
+    grid = sum_grid(n, split);
+  } else if (op == "sparse_decode_dvalues") {
+    grid = dots_grid(n, k, split);
+  } else if (op == "sparse_decode_dweight") {
+    grid = sum_grid(n_latents, split);
+    workspace = 8 * (n_latents + 1) + (8 + 8) * n * k;  // offsets; sorted int64 latents and their positions
+  } else {
+    throw py::value_error(
+        "plan: op must be sparse_decode, sparse_decode_dvalues or sparse_decode_dweight; got '" + op + "'");
+  }
+  py::dict result;
+  result["vector"] = split.vector;
+  result["lanes"] = split.lanes;
+  result["threads"] = kThreads;
+  result["grid"] = py::make_tuple(grid.x, grid.y);
+  result["workspace_bytes"] = workspace;
+  result["fits"] = grid.x <= kMaxGridX && grid.y <= kMaxGridY;
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of refusal_kernels. Importing it registers torch.ops.refusal_kernels_*.";
   m.def("build_info", &build_info, "How this binary was built and what it holds, as plain values.");
+  m.def(
+      "plan", &plan, py::arg("op"), py::arg("shape"), py::arg("dtype"),
+      "How the CUDA kernels cut up a problem: vector width, lanes per row, grid, workspace.");
 }

@@ -9,7 +9,7 @@
 // F * 512 bytes, 64 MB at F = 131072, of which the frequent latents' part stays in L2.
 //
 // One shape of work covers the forward pass and dW_dec: a segment (a token; a latent) sums rows of a matrix, weighted,
-// in the order of its entries. A group of 8, 16 or 32 lanes owns one segment and one slice of columns. Its lanes load
+// in the order of its entries. A group of 16 or 32 lanes owns one segment and one slice of columns. Its lanes load
 // one entry each, coalesced, and hand them round by shuffles, so that the inner loop holds nothing but 16-byte loads of
 // the rows, four in flight per lane, and fp32 FMAs. No atomics, fixed order: the same input gives the same bits.
 //
@@ -254,8 +254,6 @@ const char* with_split(const RowSplit& split, Launch launch) {
   constexpr int kFull = 16 / static_cast<int>(sizeof(T));
   if (split.vector == 1) {
     launch.template operator()<T, 1, 32>();
-  } else if (split.lanes == 8) {
-    launch.template operator()<T, kFull, 8>();
   } else if (split.lanes == 16) {
     launch.template operator()<T, kFull, 16>();
   } else {
@@ -271,11 +269,10 @@ const char* with_type(RowType type, const RowSplit& split, Launch launch) {
   return with_split<__half>(split, launch);
 }
 
-// The grid for `items` groups, or the reason why there is none.
-const char* grid_of(int64_t items, int64_t slices, const RowSplit& split, dim3& grid) {
-  const int64_t blocks = (items + split.groups - 1) / split.groups;
-  if (blocks > kMaxGridX || slices > kMaxGridY) return "too many rows or columns for one launch";
-  grid = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(slices));
+// The grid as CUDA takes it, or the reason why it does not.
+const char* to_dim3(const Grid& grid, dim3& out) {
+  if (grid.x > kMaxGridX || grid.y > kMaxGridY) return "too many rows or columns for one launch";
+  out = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   return nullptr;
 }
 
@@ -287,7 +284,7 @@ const char* sparse_decode(
   if (n == 0 || d == 0) return nullptr;
   const RowSplit split = split_row(d, type, is_aligned16(W_dec) && is_aligned16(out));
   dim3 grid;
-  if (const char* reason = grid_of(n, split.slices, split, grid)) return reason;
+  if (const char* reason = to_dim3(sum_grid(n, split), grid)) return reason;
   const Indices latents{indices, indices_are_int64, static_cast<int>(n_latents)};
   return with_type(type, split, [&]<typename T, int VEC, int LANES>() {
     const EntriesOfToken<T> entries{static_cast<const T*>(values), latents, k};
@@ -302,7 +299,7 @@ const char* sparse_decode_dvalues(
   if (n == 0 || k == 0) return nullptr;
   const RowSplit split = split_row(d, type, is_aligned16(W_dec) && is_aligned16(grad));
   dim3 grid;
-  if (const char* reason = grid_of(n * ((k + kEntriesPerGroup - 1) / kEntriesPerGroup), 1, split, grid)) return reason;
+  if (const char* reason = to_dim3(dots_grid(n, k, split), grid)) return reason;
   const Indices latents{indices, indices_are_int64, static_cast<int>(n_latents)};
   return with_type(type, split, [&]<typename T, int VEC, int LANES>() {
     dots_with_rows<T, VEC, LANES><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
@@ -316,7 +313,7 @@ const char* sparse_decode_dweight(
   if (n_latents == 0 || d == 0) return nullptr;
   const RowSplit split = split_row(d, type, is_aligned16(grad) && is_aligned16(dW_dec));
   dim3 grid;
-  if (const char* reason = grid_of(n_latents, split.slices, split, grid)) return reason;
+  if (const char* reason = to_dim3(sum_grid(n_latents, split), grid)) return reason;
   return with_type(type, split, [&]<typename T, int VEC, int LANES>() {
     const EntriesOfLatent<T> entries{static_cast<const T*>(values), order, offsets, k};
     sum_of_rows<T, VEC, LANES><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(

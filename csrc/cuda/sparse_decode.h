@@ -20,19 +20,34 @@ inline constexpr int64_t kMaxGridX = 2147483647, kMaxGridY = 65535;
 // columns at a time.
 struct RowSplit {
   int vector;      // elements per load: 16 bytes' worth, or 1 where rows do not start at 16-byte boundaries
-  int lanes;       // threads per group, 8, 16 or 32
+  int lanes;       // threads per group, 16 or 32
   int groups;      // groups per block
-  int64_t slices;  // grid.y of the row sums: ceil(d / (lanes * vector)). The slice of all F rows that the resident
-                   // blocks read is lanes * vector columns wide, so it stays in L2 where the whole matrix would not.
+  int64_t slices;  // ceil(d / (lanes * vector)): grid.y of the row sums
 };
 
 inline constexpr RowSplit split_row(int64_t d, RowType type, bool aligned16) {
   const int full = 16 / row_bytes(type);
   const int vector = aligned16 && d % full == 0 ? full : 1;
   const int64_t pieces = d / vector;
-  // Short rows get short groups: at d = 64 in bf16 a full warp would leave 24 of its 32 lanes without a column.
-  const int lanes = vector == 1 ? 32 : pieces <= 8 ? 8 : pieces <= 16 ? 16 : 32;
+  // Short rows get short groups: at d = 128 in bf16 half of a warp's lanes would be without a column.
+  const int lanes = vector > 1 && pieces <= 16 ? 16 : 32;
   return {vector, lanes, kThreads / lanes, (pieces + lanes - 1) / lanes};
+}
+
+struct Grid {
+  int64_t x, y;
+};
+
+// Blocks for the sum of rows over `segments` tokens or latents. Column slices are the slow dimension: the slice of all
+// F rows that the resident blocks read is lanes * vector columns wide and stays in L2 where the whole matrix would not.
+inline constexpr Grid sum_grid(int64_t segments, const RowSplit& split) {
+  return {(segments + split.groups - 1) / split.groups, split.slices};
+}
+
+// Blocks for dvalues: a group takes kEntriesPerGroup entries of one token over the whole row.
+inline constexpr Grid dots_grid(int64_t n, int64_t k, const RowSplit& split) {
+  const int64_t items = n * ((k + kEntriesPerGroup - 1) / kEntriesPerGroup);
+  return {(items + split.groups - 1) / split.groups, 1};
 }
 
 // All pointers are device pointers to contiguous data; `stream` is a cudaStream_t. The results are null on success,
