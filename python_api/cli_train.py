@@ -20,14 +20,16 @@ _DATA, _SAE, _TRAINING, _OUTPUT = "Model and data", "Sparse autoencoder", "Optim
 DEMO: dict[str, Any] = {
     "model": "builtin",
     "data": "builtin",
+    "layers": [1, 3],
+    "sequences": 64,
     "k": 16,
     "expansion": 8,
-    "tokens": 2_000_000,
+    "tokens": 1_000_000,
     "batch_tokens": 2048,
     "lr": 1e-3,
-    "dead_after_tokens": 200_000,
-    "checkpoint_every": 250,
-    "eval_tokens": 32_768,
+    "dead_after_tokens": 100_000,
+    "checkpoint_every": 200,
+    "eval_tokens": 20_000,
 }
 
 
@@ -179,6 +181,13 @@ def train_sae(
         metavar="COUNT",
         help="Held-out tokens for the evaluation at the end.",
         rich_help_panel=_OUTPUT,
+    ),
+    loss_after: str = typer.Option(
+        None,
+        metavar="TOKEN",
+        help="Count the model's loss only after this token (it opens answers). (default: everywhere)",
+        rich_help_panel=_OUTPUT,
+        show_default=False,
     ),
     trackers: Annotated[
         list[str] | None,

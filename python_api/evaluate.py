@@ -80,6 +80,7 @@ def evaluate(
     batches: Sequence[Batch],
     *,
     bos_token_id: int | None = None,
+    loss_after: int | None = None,
     backend: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -90,6 +91,8 @@ def evaluate(
         saes: {layer: SAE of that layer's o_proj input}.
         batches: held-out batches with input_ids and, where there is padding, attention_mask, each [sequences, length].
         bos_token_id: the tokenizer's, if it has one; tokens with it are left alone.
+        loss_after: count the cross entropy only where this token came before in the same document (the token that opens
+            an answer, for a model that never learned to predict prompts). None: everywhere.
         backend: of the operators.
 
     Returns a dict that JSON can hold: {"tokens", "layers": {"1": {...}, ...}, "all_layers": {...}}; "all_layers" (cross
@@ -121,9 +124,10 @@ def evaluate(
     model.eval()
     try:
         for batch, kept in bar(zip(batches, positions, strict=True), desc="evaluating the spliced model"):
+            targets = next_tokens(batch, bos_token_id, loss_after)
             for key, functions in edits.items():
                 with splice(model, functions, positions=kept) if functions else contextlib.nullcontext():
-                    nats, count = _cross_entropy(model, batch)
+                    nats, count = _cross_entropy(model, batch, targets)
                 totals[key] += nats
             n_predicted += count
     finally:
@@ -166,15 +170,35 @@ def _reconstructor(sae: TopKSAE, backend: str | None) -> Callable[[Tensor], Tens
     return reconstruct
 
 
-def _cross_entropy(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    """Summed next-token cross entropy in nats and the number of predicted tokens; padding is on neither side."""
+def next_tokens(batch: Batch, bos_token_id: int | None = None, loss_after: int | None = None) -> Tensor:
+    """int64 [sequences, length - 1]: the token each position has to predict, -100 where none is counted.
+
+    Padding is on neither side of a prediction. `loss_after` as in `evaluate`; BOS begins a new document.
+    """
+    ids = batch["input_ids"]
+    targets = ids[:, 1:].clone()
+    if (mask := batch.get("attention_mask")) is not None:
+        targets[~(mask[:, 1:].bool() & mask[:, :-1].bool())] = -100
+    if loss_after is not None:
+        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+        def last_seen(token: int) -> Tensor:
+            return torch.where(ids == token, position, -1).cummax(1).values
+
+        opened = last_seen(loss_after)
+        open_here = opened >= 0 if bos_token_id is None else opened > last_seen(bos_token_id)
+        targets[~open_here[:, :-1]] = -100
+    return targets
+
+
+def _cross_entropy(model: nn.Module, batch: Batch, targets: Tensor) -> tuple[float, int]:
+    """Summed cross entropy of `targets` in nats, and how many there are."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name in ("input_ids", "attention_mask")}
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    targets = inputs["input_ids"][:, 1:].clone()
-    if (mask := inputs.get("attention_mask")) is not None:
-        targets[~(mask[:, 1:].bool() & mask[:, :-1].bool())] = -100
-    nats = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum")
+    nats = nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).to(device), reduction="sum"
+    )
     return float(nats), int((targets != -100).sum())
 
 

@@ -14,6 +14,7 @@ Below `out` it leaves
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import resource
 import shutil
@@ -31,7 +32,7 @@ import refusal_kernels as rk
 
 from .buffer import ActivationBuffer
 from .checkpoint import CheckpointFolder, write_json
-from .documents import Documents, open_documents
+from .documents import Document, Documents, open_documents
 from .evaluate import evaluate
 from .hooks import attention_geometry, o_proj_of, resolve_layers
 from .plots import plot_training
@@ -42,6 +43,9 @@ from .trainer import LOG_FILE, SAETrainer, read_checkpoint_header, read_train_lo
 
 # One document in this many is held out, chosen by the hash of its text: the same in every epoch and every order.
 HELD_OUT_ONE_IN = 32
+
+# The built-in model learned to predict answers only; its loss on prompts says nothing.
+BUILTIN_ANSWER = "<asst>"
 
 
 @dataclass
@@ -56,8 +60,9 @@ class RunResult:
     plots: list[Path]
 
 
-def is_held_out(text: str) -> bool:
+def is_held_out(document: Document) -> bool:
     """Whether a document belongs to the held-out share. Equal texts go to the same side, so copies cannot leak."""
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
@@ -73,9 +78,9 @@ class SplitDocuments:
         self.n_documents = documents.n_documents
         self._documents, self._held_out = documents, held_out
 
-    def epoch(self, epoch: int, start: int) -> Iterator[str]:
-        for text in self._documents.epoch(epoch, start):
-            yield text if text and is_held_out(text) == self._held_out else ""
+    def epoch(self, epoch: int, start: int) -> Iterator[Document]:
+        for document in self._documents.epoch(epoch, start):
+            yield document if document and is_held_out(document) == self._held_out else ""
 
 
 def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
@@ -163,6 +168,8 @@ def train_sae(
     checkpoint = _claim(out, resume, overwrite)
     model, tokenizer = load_model(config)
     geometry = attention_geometry(model)
+    if config.loss_after is not None and config.loss_after not in tokenizer.get_vocab():
+        raise ValueError(f"loss_after must be a token of the model's tokenizer; got {config.loss_after!r}")
     config = replace(config, layers=resolve_layers(model, config.layers or [geometry.n_layers // 2]))
     buffer = ActivationBuffer(
         model,
@@ -291,10 +298,17 @@ def _evaluate(
             batches = [next(stream)]
             while stream.tokens_seen < config.eval_tokens:
                 batches.append(next(stream))
+    loss_after = config.loss_after or (BUILTIN_ANSWER if config.data == "builtin" else None)
     report = evaluate(
-        model, saes, batches, bos_token_id=tokenizer.bos_token_id, backend=config.backend, progress=progress
+        model,
+        saes,
+        batches,
+        bos_token_id=tokenizer.bos_token_id,
+        loss_after=None if loss_after is None else tokenizer.convert_tokens_to_ids(loss_after),
+        backend=config.backend,
+        progress=progress,
     )
-    return {"held_out": held_out, **report}
+    return {"held_out": held_out, "loss_after": loss_after, **report}
 
 
 def _trackers(config: TrainConfig) -> Any:

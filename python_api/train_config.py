@@ -13,7 +13,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Settings that do not touch the arithmetic of the run: a resumed run may change them and still end in the same bits.
 FREE_ON_RESUME = frozenset(
-    {"out", "checkpoint_every", "keep_checkpoints", "log_every", "eval_tokens", "trackers", "trust_remote_code"}
+    {
+        "out",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "eval_tokens",
+        "loss_after",
+        "trackers",
+        "trust_remote_code",
+    }
 )
 
 
@@ -32,6 +41,8 @@ class TrainConfig:
         buffer_tokens: tokens in the shuffle buffer, at least 2 batches: buffer_tokens x d_in x layers x 4 bytes
             (2 in bf16). None: 8 batches.
         eval_tokens: held-out tokens for the evaluation at the end, from documents that are never trained on.
+        loss_after: in the evaluation, count the model's loss only after this token of a document, e.g. what opens
+            answers. None: everywhere (with the built-in corpus: after "<asst>").
         trust_remote_code: run Python code that comes with a hub model.
 
     The SAE (Gao et al., arXiv 2406.04093):
@@ -73,6 +84,7 @@ class TrainConfig:
     sequences: int = 16
     buffer_tokens: int | None = None
     eval_tokens: int = 65_536
+    loss_after: str | None = None
     trust_remote_code: bool = False
 
     k: int = 64
