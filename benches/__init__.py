@@ -1,0 +1,16 @@
+"""Benchmarks of refusal_kernels: `python -m benches` from the repository root, or `pytest benches --benchmark-only`.
+
+Every group times the same mathematics in five columns, in turns (dense, compiled, sparse, ours, floor, dense, ...), so
+that what disturbs the machine disturbs all of them:
+
+    dense      eager PyTorch with a dense [N, F] code
+    compile    torch.compile of it
+    sparse     the fastest sparse PyTorch path of `torch_paths`, chosen by measurement per shape
+    ours       refusal_kernels
+    floor      what no implementation of this precision can beat: the bare encoder product into a preallocated buffer,
+               or a copy of the bytes that have to move
+
+`shapes` says what is measured, `model` counts flops and bytes, `problem` makes inputs and fp64 references,
+`torch_paths` and `columns` are the contestants, `bench_groups` and `bench_crossover` the pytest-benchmark files,
+`memory` measures peak memory, `results` merges, prints and writes, `plot` draws.
+"""

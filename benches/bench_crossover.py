@@ -1,0 +1,20 @@
+"""Where the dense product beats the sparse kernels: small dictionaries, large k. `--groups crossover`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benches.harness import Bench, measure, turns
+from benches.shapes import Shape
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = turns(metafunc.config, crossover=True)
+    ids = [f"{group}-{shape}-{turn}-{column}" for shape, group, turn, column in cases]
+    metafunc.parametrize(("shape", "group", "turn", "column"), cases, ids=ids)
+
+
+def test_crossover(benchmark: Any, bench: Bench, shape: Shape, group: str, turn: int, column: str) -> None:
+    measure(benchmark, bench, shape, group, turn, column)
