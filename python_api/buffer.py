@@ -14,6 +14,7 @@ Memory is allocated once: 1.5 c rows a layer. Filling writes into the rows that 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -142,11 +143,15 @@ class ActivationBuffer:
 
     Batches are new tensors, free to be changed. Rows of different layers at the same index are the same token.
 
+    Interrupted while it reads (Ctrl-C, an error in the model), the buffer stays where it was: ``state_dict`` is that of
+    the last batch yielded, and ``next`` may be called again.
+
     On a CPU the same arguments give the same bits (with the same number of threads), also after
     :meth:`load_state_dict`.
     """
 
     _cursor: int
+    _interrupted: bool
     _left: Tensor
     _ended: bool
 
@@ -191,6 +196,14 @@ class ActivationBuffer:
         self._kept = self.chunk_tokens - self.chunk_tokens // 2  # second half of a chunk: stays for the next block
         self.buffer_tokens = self.chunk_tokens + self._kept
         self._dtype, self._device = dtype, device
+        self._vocabulary = _embeddings(model)
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if isinstance(limit, int) and stream.context_length > limit:
+            warnings.warn(
+                f"stream: context_length {stream.context_length} exceeds the model's {limit} positions; "
+                "activations beyond them are not what the model was trained on",
+                stacklevel=2,
+            )
         self._storage: dict[int, Tensor] = {}
         #: batches yielded so far.
         self.batches_seen = 0
@@ -202,8 +215,12 @@ class ActivationBuffer:
         return self
 
     def __next__(self) -> dict[int, Tensor]:
+        if self._interrupted:  # tokens were lost between the stream and the buffer; go back to where it was whole
+            self.load_state_dict(self.state_dict())
         if self._cursor >= self._block.numel() and not (self._ended and self._left.numel() == 0):
+            self._interrupted = True
             self._advance()
+            self._interrupted = False
         rows = self._block[self._cursor : self._cursor + self.batch_tokens]
         if rows.numel() == 0 or (rows.numel() < self.batch_tokens and self.drop_last):
             self._cursor = self._block.numel()
@@ -221,6 +238,8 @@ class ActivationBuffer:
         self._staged: dict[int, Tensor] = {}  # captured, but not yet in a chunk
         self._staged_from: _Origin | None = None
         self._primed = False
+        self._begin: dict[str, Any] | None = None  # the stream's state before anything was read
+        self._interrupted = False  # by Ctrl-C or an error while a block was being made
         self._ended = False
 
     def _advance(self) -> None:
@@ -239,11 +258,14 @@ class ActivationBuffer:
         self._left = shuffled[split:]
         self._cursor = 0
         self._generation = generation
+        # Only now, so that a state taken after an interruption still finds what the last whole block began with.
+        self._origins = {k: v for k, v in self._origins.items() if k >= generation - 1}
 
     def _prime(self) -> None:
         """Chunk -1, half a chunk that fills the place of what the chunk before would have left."""
         if not self._storage:
             self._allocate()
+        self._begin = self.stream.state_dict()
         self._left = self._fill(-1, torch.arange(self._kept))
         self._primed = True
 
@@ -257,7 +279,6 @@ class ActivationBuffer:
     def _fill(self, chunk: int, rows: Tensor) -> Tensor:
         """Write the stream's next tokens into ``rows``; returns those written, fewer only at the stream's end."""
         done = 0
-        self._origins = {k: v for k, v in self._origins.items() if k >= chunk - 1}
         while done < rows.numel():
             n_staged = next(iter(self._staged.values())).shape[0] if self._staged else 0
             if n_staged == 0:
@@ -286,6 +307,12 @@ class ActivationBuffer:
             if batch is None:
                 self._ended = True
                 return False
+            largest = int(batch["input_ids"].max())
+            if self._vocabulary is not None and largest >= self._vocabulary:  # on a GPU this would end the process
+                raise ValueError(
+                    f"stream: token id {largest}, but the model has {self._vocabulary} embeddings; "
+                    "is the tokenizer the model's own?"
+                )
             wanted = self._wanted(batch)
             if bool(wanted.any()):
                 with capture(self.model, self.layers, self.heads) as cap:
@@ -335,13 +362,14 @@ class ActivationBuffer:
     def state_dict(self) -> dict[str, Any]:
         """A small dict of JSON types. No activations: they are computed again, at most two chunks of tokens."""
         older = self._origins.get(self._generation - 1)
+        if self._generation < 0:
+            older = _Origin(self._begin or self.stream.state_dict(), 0)
         return {
             "version": _STATE_VERSION,
             "generation": self._generation,
             "cursor": self._cursor,
             "batches_seen": self.batches_seen,
             "origin": None if older is None else {"stream": older.stream, "skip": older.skip},
-            "stream": self.stream.state_dict(),
             "settings": self._settings(),
         }
 
@@ -371,10 +399,8 @@ class ActivationBuffer:
             raise ValueError(f"state: was saved by a buffer with other settings ({', '.join(different)})")
         self._start_over()
         generation = int(state["generation"])
-        if generation < 0:
-            self.stream.load_state_dict(state["stream"])
-        else:
-            self.stream.load_state_dict(state["origin"]["stream"])
+        self.stream.load_state_dict(state["origin"]["stream"])
+        if generation >= 0:
             self._skip(int(state["origin"]["skip"]))
             if generation == 0:
                 self._advance()
@@ -399,6 +425,11 @@ class ActivationBuffer:
             self._staged[layer] = x[n:]
         if self._staged_from is not None:
             self._staged_from = _Origin(self._staged_from.stream, n)
+
+
+def _embeddings(model: nn.Module) -> int | None:
+    get = getattr(model, "get_input_embeddings", None)
+    return getattr(get() if callable(get) else None, "num_embeddings", None)
 
 
 def _complement(rows: Tensor, n: int) -> Tensor:

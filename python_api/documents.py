@@ -11,11 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
 SampleBy = Literal["auto", "line", "paragraph", "document"]
+
+Document: TypeAlias = str
+"""What :class:`Documents` yield: the text of one document. Chats are rendered by the tokenizer's chat template."""
 
 # Endings -> the builder of `datasets` that reads them. Each may be followed by a compression's ending.
 _BUILDERS = {
@@ -34,8 +37,9 @@ _COMPRESSION = (".gz", ".bz2", ".xz", ".zst")
 _PEEK = 1 << 20  # bytes of a text file read to see whether it has blank lines
 
 
+@runtime_checkable
 class Documents(Protocol):
-    """A replayable sequence of texts per epoch."""
+    """A replayable sequence of texts per epoch. An empty text counts in the position and gives no tokens."""
 
     @property
     def name(self) -> str: ...
@@ -45,17 +49,34 @@ class Documents(Protocol):
         """Documents of an epoch; None when unknown before reading (streaming)."""
         ...
 
-    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         """The texts of ``epoch`` in that epoch's order, beginning with number ``start``."""
         ...
 
 
-def _checked(value: Any, name: str, where: str) -> str:
-    if value is None:
-        return ""  # a missing value is an empty document, which the stream skips
-    if not isinstance(value, str):
-        raise ValueError(f"text_field: expected strings in column {name!r}, got {type(value).__name__} {where}")
-    return value
+class _Reader:
+    """Turns one value of a text column into a text, or says where it is none."""
+
+    def __init__(self, column: str, tokenizer: Any) -> None:
+        self.column, self.tokenizer = column, tokenizer
+
+    def __call__(self, value: Any, where: str) -> str:
+        if isinstance(value, str):
+            return value
+        if value is None:
+            return ""  # a missing value is an empty document, which streams skip
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+        ):
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise ValueError(f"text_field: column {self.column!r} holds chats, but there is no chat_template")
+            return str(self.tokenizer.apply_chat_template(value, tokenize=False))
+        raise ValueError(
+            f"text_field: expected strings or chats (lists of role and content) in column {self.column!r}, "
+            f"got {type(value).__name__} {where}"
+        )
 
 
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
@@ -67,49 +88,56 @@ def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
 class ListDocuments:
     """A list of strings, or any indexable source of them."""
 
-    def __init__(self, texts: Sequence[str], name: str, shuffle: bool, seed: int) -> None:
+    def __init__(self, texts: Sequence[Any], name: str, shuffle: bool, seed: int, tokenizer: Any = None) -> None:
         self.name: str = name
         self.n_documents: int = len(texts)
         self._texts, self._shuffle, self._seed = texts, shuffle, seed
+        self._read = _Reader("source", tokenizer)
 
-    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         order = permutation(len(self._texts), self._seed, epoch).tolist() if self._shuffle else range(len(self._texts))
         for i in order[start:]:
-            yield _checked(self._texts[i], "source", f"at item {i}")
+            yield self._read(self._texts[i], f"at item {i}")
 
 
 class TableDocuments:
     """One column of an indexed ``datasets.Dataset``, read in slices."""
 
-    def __init__(self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, tokenizer: Any = None
+    ) -> None:
         self.name: str = name
         self.n_documents: int = int(dataset.num_rows)
         self._column, self._shuffle, self._seed = text_field, shuffle, seed
+        self._read = _Reader(text_field, tokenizer)
         self._dataset = dataset.with_format(None).select_columns([text_field])
 
-    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         n = self.n_documents
         order = permutation(n, self._seed, epoch) if self._shuffle else torch.arange(n)
         for rows in order[start:].split(256):
             for row, text in zip(rows.tolist(), self._dataset[rows.tolist()][self._column], strict=True):
-                yield _checked(text, self._column, f"in row {row}")
+                yield self._read(text, f"in row {row}")
 
 
 class StreamedDocuments:
     """One column of a ``datasets.IterableDataset``; resuming reads on from the beginning of the epoch and discards."""
 
-    def __init__(self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, window: int) -> None:
+    def __init__(
+        self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, window: int, tokenizer: Any = None
+    ) -> None:
         self.name: str = name
         self.n_documents: None = None
         self._column = text_field
+        self._read = _Reader(text_field, tokenizer)
         # datasets' own windowed shuffle; its order depends on seed + epoch only.
         self._dataset = dataset.shuffle(seed=seed, buffer_size=window) if shuffle else dataset
 
-    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         self._dataset.set_epoch(epoch)
         for row, record in enumerate(self._dataset):
             if row >= start:
-                yield _checked(record.get(self._column), self._column, f"in record {row}")
+                yield self._read(record.get(self._column), f"in record {row}")
 
 
 class BuiltinDocuments:
@@ -120,7 +148,7 @@ class BuiltinDocuments:
         self.n_documents: int = n_documents
         self._seed = seed
 
-    def epoch(self, epoch: int, start: int) -> Iterator[str]:
+    def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         from .builtin_model import corpus
 
         for i, text in enumerate(corpus(self.n_documents, self._seed + epoch)):
@@ -141,8 +169,12 @@ def open_documents(
     n_documents: int = 20_000,
     shuffle_window: int = 1_000,
     cache_dir: str | os.PathLike[str] | None = None,
+    tokenizer: Any = None,
 ) -> Documents:
     """Open ``source``; the arguments are those of :class:`~refusal_kernels.python_api.tokens.TokenStream`.
+
+    ``tokenizer`` is only for chats, which its chat template turns into texts. A ``source`` that is a
+    :class:`Documents` already is returned as it is.
 
     Raises:
         TypeError: a source of no known kind.
@@ -153,6 +185,8 @@ def open_documents(
         raise ValueError(f"sample_by: expected 'auto', 'line', 'paragraph' or 'document', got {sample_by!r}")
     if callable(getattr(source, "epoch", None)) and hasattr(source, "n_documents"):
         return source  # a Documents of the caller's own, taken as it is
+    if isinstance(source, Documents):
+        return source
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         if text == "builtin":
@@ -171,14 +205,14 @@ def open_documents(
     elif isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
         if not source:
             raise ValueError("source: expected documents, got an empty list")
-        return ListDocuments(source, f"list of {len(source)}", shuffle, seed)
+        return ListDocuments(source, f"list of {len(source)}", shuffle, seed, tokenizer)
     else:
         dataset, name = source, type(source).__name__
-    return _column(dataset, text_field, split, name, shuffle, seed, shuffle_window)
+    return _column(dataset, text_field, split, name, shuffle, seed, shuffle_window, tokenizer)
 
 
 def _column(
-    dataset: Any, text_field: str, split: str, name: str, shuffle: bool, seed: int, window: int
+    dataset: Any, text_field: str, split: str, name: str, shuffle: bool, seed: int, window: int, tokenizer: Any
 ) -> TableDocuments | StreamedDocuments:
     import datasets
 
@@ -198,10 +232,10 @@ def _column(
     if text_field not in columns:
         raise ValueError(f"text_field: {name} has no column {text_field!r}; its columns are {', '.join(columns)}")
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamedDocuments(dataset, text_field, name, shuffle, seed, window)
+        return StreamedDocuments(dataset, text_field, name, shuffle, seed, window, tokenizer)
     if dataset.num_rows == 0:
         raise ValueError(f"source: {name} is empty")
-    return TableDocuments(dataset, text_field, name, shuffle, seed)
+    return TableDocuments(dataset, text_field, name, shuffle, seed, tokenizer)
 
 
 def _looks_like_path(source: Any, text: str) -> bool:

@@ -216,12 +216,14 @@ class TokenStream:
     Args:
         source: ``"builtin"`` (the built-in model's corpus); a path (.txt, .jsonl/.json, .parquet, .csv/.tsv, .arrow,
             also compressed; a folder of one of them; a folder written by ``save_to_disk``); the name of a hub dataset;
-            a ``datasets.Dataset`` or ``IterableDataset``; a list of strings.
+            a ``datasets.Dataset`` or ``IterableDataset``; a list of strings; any
+            :class:`~refusal_kernels.python_api.documents.Documents`.
         tokenizer: a transformers tokenizer. It is copied, because fast tokenizers are not safe across threads.
         context_length: tokens of a sequence, at least 2.
         batch_size: sequences of a batch.
         seed: of the document order.
-        text_field: column that holds the text.
+        text_field: column that holds the text, or chats (lists of messages with ``role`` and ``content``), which the
+            tokenizer's chat template renders.
         split, config: which part of a hub dataset.
         streaming: read a dataset as a stream, without building an index (hub, or files too large for the disk's cache).
         packing: ``"packed"``, ``"isolated"`` or ``"padded"`` (see the module). None: ``"padded"`` for ``"builtin"``,
@@ -292,6 +294,7 @@ class TokenStream:
             raise ValueError(f"packing: expected 'packed', 'isolated' or 'padded', got {packing!r}")
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             raise TypeError(f"tokenizer: expected a transformers tokenizer, got {type(tokenizer).__name__}")
+        own = copy.deepcopy(tokenizer)
         documents = open_documents(
             source,
             text_field=text_field,
@@ -304,8 +307,8 @@ class TokenStream:
             n_documents=n_documents,
             shuffle_window=shuffle_window,
             cache_dir=cache_dir,
+            tokenizer=own,
         )
-        own = copy.deepcopy(tokenizer)
         bos_id, eos_id = _separators(own, bos, eos)
         pad_id = next((i for i in (own.pad_token_id, own.eos_token_id) if i is not None), 0)
         self.context_length, self.batch_size, self.packing = context_length, batch_size, packing

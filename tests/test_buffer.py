@@ -198,6 +198,39 @@ def test_a_state_taken_after_resuming_resumes_as_well(model: Any, tokenizer: Any
         buffer.load_state_dict(state)
 
 
+@pytest.mark.parametrize("call", [1, 2, 9, 16])
+def test_an_interruption_loses_nothing(model: Any, tokenizer: Any, call: int) -> None:
+    """Ctrl-C in the middle of a model pass: the state then, and the buffer itself, go on as if nothing had been."""
+
+    def build() -> ActivationBuffer:
+        return ActivationBuffer(model, make_stream(tokenizer, epochs=None, prefetch=2), [1], 16, 128)
+
+    reference = [b[1] for b in islice(build(), 60)]
+    calls = 0
+
+    def interrupt(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[0].register_forward_hook(interrupt)
+    buffer = build()
+    got: list[Tensor] = []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            got.extend(batch[1] for batch in buffer)
+    finally:
+        handle.remove()
+    state = json.loads(json.dumps(buffer.state_dict()))
+    fresh = build()
+    fresh.load_state_dict(state)
+    assert len(got) < 50
+    for successor in (buffer, fresh):
+        rest = [b[1] for b in islice(successor, 60 - len(got))]
+        assert all(torch.equal(a, b) for a, b in zip([*got, *rest], reference, strict=True))
+
+
 def test_states_of_other_buffers_are_refused(model: Any, tokenizer: Any) -> None:
     buffer = ActivationBuffer(model, make_stream(tokenizer, epochs=None), [1], 16, 128)
     next(buffer)
@@ -225,7 +258,7 @@ def test_heads_and_dtypes(model: Any, tokenizer: Any) -> None:
     columns = whole[1].unflatten(1, (HEADS, HEAD_DIM))[:, [3, 0]].flatten(1)
     assert torch.equal(part[0], whole[0].bfloat16())
     assert torch.equal(part[1], columns.bfloat16())
-    half = transformers.LlamaForCausalLM(model.config).to(torch.bfloat16)
+    half = transformers.LlamaForCausalLM(model.config).to(torch.bfloat16)  # type: ignore[arg-type]
     assert next(ActivationBuffer(half, make_stream(tokenizer), [0], 16, 128))[0].dtype == torch.bfloat16
 
 
@@ -330,6 +363,21 @@ def test_statistics_refuse_dead_or_broken_activations(bad: Tensor) -> None:
 def test_bad_arguments(model: Any, tokenizer: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ActivationBuffer(model, make_stream(tokenizer), **options)
+
+
+def test_a_foreign_tokenizer_is_recognised(model: Any, tokenizer: Any) -> None:
+    import copy
+
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["extra"])
+    stream = TokenStream(["w1 extra"], larger, 4, 1, prefetch=0)
+    with pytest.raises(ValueError, match="token id 63, but the model has 63 embeddings; is the tokenizer the model's"):
+        next(ActivationBuffer(model, stream, [0], 4, 16))
+
+
+def test_sequences_beyond_the_model_s_positions_are_warned_about(model: Any, tokenizer: Any) -> None:
+    with pytest.warns(UserWarning, match="context_length 4096 exceeds the model's 2048 positions"):
+        ActivationBuffer(model, make_stream(tokenizer, context_length=4096), [0])
 
 
 def test_streams_with_nothing_to_keep(model: Any, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ import gzip
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from refusal_kernels.python_api.documents import permutation
+from refusal_kernels.python_api.documents import ListDocuments, permutation
 from refusal_kernels.python_api.tokens import TokenStream
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
@@ -139,7 +139,7 @@ def test_isolated_documents_do_not_see_each_other(tokenizer: Any, implementation
         num_key_value_heads=1,
         sliding_window=window,
         initializer_range=0.3,
-        attn_implementation=implementation,
+        attn_implementation=implementation,  # type: ignore[call-arg]
     )
     torch.manual_seed(0)
     model = transformers.MistralForCausalLM(config).eval()
@@ -322,6 +322,18 @@ def test_paragraphs_are_documents_where_there_are_blank_lines(tokenizer: Any, tm
     assert by["document"] == [4, 5, 6, 7, 8, EOS]
 
 
+def test_chats_go_through_the_chat_template() -> None:
+    word = make_tokenizer(chat_template="{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}")
+    word.add_tokens(["user", "assistant"])
+    user, assistant = word.convert_tokens_to_ids(["user", "assistant"])
+    chats = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]] * 2
+    table = datasets.Dataset.from_dict({"messages": chats})
+    stream = TokenStream(table, word, 12, 1, text_field="messages", epochs=1)
+    assert tokens_of(list(stream)) == [user, 4, assistant, 5, 6, EOS] * 2
+    with pytest.raises(ValueError, match="column 'messages' holds chats, but there is no chat_template"):
+        next(TokenStream(table, make_tokenizer(), text_field="messages"))
+
+
 def test_streamed_datasets_shuffle_in_a_window_and_resume(tokenizer: Any) -> None:
     table = datasets.Dataset.from_dict({"text": texts([[FIRST + i] for i in range(60)])})
 
@@ -393,7 +405,7 @@ def test_bad_files(tokenizer: Any, tmp_path: Path) -> None:
         TokenStream(3, tokenizer)
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got str"):
         TokenStream(["w1"], "gpt2")
-    with pytest.raises(TypeError, match="batch_size: expected an int, got 2.5"):
+    with pytest.raises(TypeError, match=r"batch_size: expected an int, got 2\.5"):
         TokenStream(["w1"], tokenizer, batch_size=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bos: the tokenizer has no bos_token"):
         TokenStream(["w1"], make_tokenizer(bos_token=None), bos=True)
@@ -420,8 +432,8 @@ def gone(before: int, seconds: float = 5.0) -> bool:
     return len(threads()) <= before
 
 
-class Slow:
-    """An indexable source that notes in which thread it is read and fails at one place."""
+class Watched(Sequence[str]):
+    """A source that notes in which thread it is read and fails at one place."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.readers: set[str] = set()
@@ -431,7 +443,7 @@ class Slow:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: Any) -> Any:
         self.readers.add(threading.current_thread().name)
         if i == self.fail_at:
             raise OSError("disk on fire")
@@ -462,11 +474,8 @@ def test_the_thread_ends(tokenizer: Any, end: str) -> None:
 
 
 def test_tokenization_runs_ahead_in_its_own_thread(tokenizer: Any) -> None:
-    from refusal_kernels.python_api.documents import ListDocuments
-
-    source = Slow()
-    stream = TokenStream(source.data, tokenizer, 8, 1, prefetch=2)
-    stream._packer.documents = ListDocuments(source, "slow", False, 0)  # type: ignore[arg-type]
+    source = Watched()
+    stream = TokenStream(ListDocuments(source, "slow", False, 0), tokenizer, 8, 1, prefetch=2)
     with stream:
         next(stream)
     assert source.readers == {"refusal-kernels-tokens"}
@@ -474,23 +483,20 @@ def test_tokenization_runs_ahead_in_its_own_thread(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_errors_of_the_thread_surface_in_the_consumer(tokenizer: Any, prefetch: int) -> None:
-    from refusal_kernels.python_api.documents import ListDocuments
-
     before = len(threads())
-    source = Slow(fail_at=200)
-    stream = TokenStream(source.data, tokenizer, 8, 1, prefetch=prefetch)
-    stream._packer.documents = ListDocuments(source, "slow", False, 0)  # type: ignore[arg-type]
-    seen: Iterator[dict[str, Any]] = iter(stream)
+    source = Watched(fail_at=200)
+    stream = TokenStream(ListDocuments(source, "slow", False, 0), tokenizer, 8, 1, prefetch=prefetch)
     with pytest.raises(OSError, match="disk on fire"):
-        for _ in range(10_000):
-            next(seen)
+        list(stream)
     assert stream.batches_seen > 10
     assert gone(before)
 
 
 def test_bad_rows_are_named(tokenizer: Any) -> None:
     table = datasets.Dataset.from_dict({"text": [1, 2]})
-    with pytest.raises(ValueError, match=r"text_field: expected strings in column 'text', got int in row 0"):
+    with pytest.raises(
+        ValueError, match=r"text_field: expected strings or chats .* in column 'text', got int in row 0"
+    ):
         next(TokenStream(table, tokenizer, shuffle=False))
     with pytest.raises(ValueError, match=r"list of 2 holds no text \(2 documents, no token\)"):
         next(TokenStream(["", " "], tokenizer))
