@@ -62,9 +62,9 @@ class CMakeBuild(build_ext):
             raise SystemExit(NO_HEADERS.format(python=sys.executable, header=header))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # One persistent folder per interpreter: a rebuild after an edit compiles only what the edit touched.
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-debug' if self.debug else ''}"
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = {
-            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Debug" if self.debug else "Release"),
             "Python_EXECUTABLE": sys.executable,
             "RK_OUTPUT_DIR": str(target.parent),
             "RK_OUTPUT_NAME": target.name,

@@ -53,11 +53,16 @@ py::dict build_info() {
 }
 
 // The launch of a CUDA kernel, from the functions the launchers themselves use; see _C.pyi.
-py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const std::string& dtype) {
+py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const std::string& dtype, int sm) {
   using namespace rk::cuda;
   const auto [n, d, n_latents, k] = shape;
   if (n < 0 || d < 1 || n_latents < 1 || k < 0) {
     throw py::value_error("plan: shape must be (N, d, F, k) with N, k >= 0 and d, F >= 1");
+  }
+  if (sm < 80) {
+    throw py::value_error(
+        "plan: sm must be a compute capability of at least 80 (these kernels run on GPUs only); got " +
+        std::to_string(sm));
   }
   RowType type;
   if (dtype == "float32") {
@@ -99,6 +104,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of refusal_kernels. Importing it registers torch.ops.refusal_kernels_*.";
   m.def("build_info", &build_info, "How this binary was built and what it holds, as plain values.");
   m.def(
-      "plan", &plan, py::arg("op"), py::arg("shape"), py::arg("dtype"),
-      "How the CUDA kernels cut up a problem: vector width, lanes per row, grid, workspace.");
+      "plan", &plan, py::arg("op"), py::arg("shape"), py::arg("dtype"), py::arg("sm"),
+      "How a CUDA kernel cuts up a problem: vector width, lanes per row, grid, workspace.");
 }
