@@ -76,7 +76,8 @@ class AttentionGeometry:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    # The outermost module that has one: wrappers such as DistributedDataParallel do not.
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     if config is None:
         raise TypeError(f"model: expected a transformers causal LM with a .config, got {type(model).__name__}")
     get = getattr(config, "get_text_config", None)
@@ -84,7 +85,12 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The ModuleList of decoder layers, found by structure: its members have ``self_attn.o_proj``.
+    """The ModuleList of decoder layers; see :func:`find_decoder`."""
+    return find_decoder(model)[1]
+
+
+def find_decoder(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and ModuleList of the decoder layers, found by structure: its members have ``self_attn.o_proj``.
 
     Wrappers (PEFT, DistributedDataParallel, a multimodal model around a language model) only lengthen the path.
 
@@ -98,8 +104,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     if hasattr(model, "_orig_mod"):
         raise TypeError("model: got the result of torch.compile; pass the original model (model._orig_mod)")
     stacks = [
-        module
-        for module in model.modules()
+        (name, module)
+        for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and any(_o_proj(layer) is not None for layer in module)
     ]
     if not stacks:
@@ -109,11 +115,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         raise ValueError(f"model: {type(model).__name__} has no layer with self_attn.o_proj{hint}")
     if len(stacks) > 1:  # a vision or audio tower beside the language model
         depth = getattr(_text_config(model), "num_hidden_layers", None)
-        matching = [stack for stack in stacks if len(stack) == depth]
+        matching = [(name, stack) for name, stack in stacks if len(stack) == depth]
         if len(matching) != 1:
             raise ValueError(
                 f"model: {type(model).__name__} has {len(stacks)} stacks of layers with self_attn.o_proj "
-                f"(lengths {[len(s) for s in stacks]}); pass the language model alone"
+                f"(lengths {[len(stack) for _, stack in stacks]}); pass the language model alone"
             )
         return matching[0]
     return stacks[0]
@@ -287,18 +293,26 @@ class TokenSelector:
         if isinstance(positions, str) and positions != "unmasked":
             raise ValueError(f"positions: expected None, a mask, a slice, integers or 'unmasked', got {positions!r}")
 
-    def watch(self, model: nn.Module) -> RemovableHandle | None:
-        """For ``"unmasked"``: remember the attention_mask of every call of the model."""
+    def watch(self, model: nn.Module) -> list[RemovableHandle]:
+        """For ``"unmasked"``: remember the attention_mask of every call, whichever of the nested modules is called.
+
+        Wrappers forward some calls past themselves (``generate`` of a PEFT model enters at the model it wraps), and
+        inner modules may get the mask expanded to four dimensions or as a dict; so all modules that contain the
+        decoder layers are watched, and the innermost mask of two dimensions counts.
+        """
         if not (isinstance(self.positions, str) and self.positions == "unmasked"):
-            return None
+            return []
 
         def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("attention_mask")
-            if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
+            if mask is None and len(args) > 1:
                 mask = args[1]  # forward(input_ids, attention_mask, …) in every causal LM of transformers
-            self.attention_mask = mask
+            if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+                self.attention_mask = mask
 
-        return model.register_forward_pre_hook(remember, with_kwargs=True)
+        parts = find_decoder(model)[0].split(".")[:-1]
+        paths = [".".join(parts[:n]) for n in range(len(parts) + 1)]
+        return [model.get_submodule(path).register_forward_pre_hook(remember, with_kwargs=True) for path in paths]
 
     def __call__(self, z: Tensor) -> Tensor | None:
         positions = self.positions
@@ -349,8 +363,7 @@ def hooked(model: nn.Module, hooks: Mapping[int, ZEdit], selector: TokenSelector
     """Run ``hooks[layer]`` on z inside the context; every error comes before the first hook is registered."""
     modules = o_proj_modules(model, hooks)
     with ExitStack() as stack:
-        watcher = selector.watch(model)
-        if watcher is not None:
+        for watcher in selector.watch(model):
             stack.callback(watcher.remove)
         for layer, hook in hooks.items():
             stack.callback(hook_z(modules[layer], hook).remove)

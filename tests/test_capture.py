@@ -406,6 +406,59 @@ def test_peft_wrapped_models(llama: Any) -> None:
     assert all(torch.equal(got[layer], expected[layer]) for layer in range(LAYERS))  # LoRA's B starts at zero
 
 
+def test_unmasked_edits_of_a_wrapped_model_see_the_mask_in_generate(llama: Any) -> None:
+    """PeftModel.generate enters below the wrapper."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["v_proj"], r=2)).eval()
+    x = batch(rows=2)
+    x["attention_mask"][0, :4] = 0
+    touched: list[int] = []
+
+    def shift(z: Tensor) -> Tensor:
+        touched.append(z.shape[0])
+        return z + 1
+
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with splice(wrapped, {0: shift, 1: shift}, "unmasked"):
+        got = wrapped.generate(**x, **options)
+    assert touched == [14, 14, 2, 2, 2, 2, 2, 2]  # the prompt without its padding, then one token a row
+    with splice(llama, {0: shift, 1: shift}, "unmasked"):
+        assert torch.equal(llama.generate(**x, **options), got)
+
+
+def test_other_towers_and_wrappers_do_not_confuse(llama: Any) -> None:
+    """Llama 4's image tower has self_attn.o_proj as well; the layers meant are the language model's."""
+    text = {**SIZES, "intermediate_size_mlp": 16, "num_local_experts": 2}
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_output_dim": HIDDEN,
+        "projector_input_dim": HIDDEN,
+        "projector_output_dim": HIDDEN,
+    }
+    config = transformers.Llama4Config(text_config=text, vision_config=vision)
+    model = transformers.Llama4ForConditionalGeneration(config).eval()
+    assert attention_geometry(model).n_layers == LAYERS
+    with watched(model) as ran, capture(model, [1]) as cap:
+        assert cap.run(batch())[1].shape == (18, HEADS * HEAD_DIM)
+    assert "model.language_model.layers.0" in ran or "language_model.model.layers.0" in ran
+
+    class Wrapper(nn.Module):  # as DistributedDataParallel: one attribute "module", no config
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **kwargs: Any) -> Any:
+            return self.module(**kwargs)
+
+    with capture(Wrapper(llama), [1]) as cap, capture(llama, [1]) as plain:
+        assert torch.equal(cap.run(batch())[1], plain.run(batch())[1])
+
+
 # ---------------------------------------------------------------------------------------------------- changing z
 
 
