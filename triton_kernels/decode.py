@@ -55,8 +55,8 @@ def _decode_kernel(
     tl.store(out_ptr + token * d + column, total.to(out_ptr.dtype.element_ty), mask=live)
 
 
-# (BLOCK_D, UNROLL, warps): 8 to 32 elements of a row per thread, 32 to 64 fp32 sums per thread.
-_BLOCKS = ((128, 8, 1), (256, 8, 1), (512, 8, 2), (1024, 8, 4))
+# (BLOCK_D, UNROLL, warps): at most 8 elements of a row and 32 fp32 sums per thread, from 256 columns on.
+_BLOCKS = ((128, 8, 1), (256, 4, 1), (512, 4, 2), (1024, 4, 4))
 
 
 def _decode_tiles(block: tuple[int, int, int], has_bias: bool, residual: bool) -> Tiles:

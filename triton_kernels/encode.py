@@ -177,7 +177,7 @@ def _unpack_kernel(keys_ptr, values_ptr, indices_ptr, k, width, BLOCK: tl.conste
 
 # (largest k, list capacity, append step, warps). capacity - step >= k, or an append could overflow right after a reduction.
 # The list is short on purpose: one reduction of 512 keys is 1.3 k instructions per warp, one of 2048 keys is 3.7 k.
-_LISTS = ((64, 512, 256, 4), (256, 1024, 512, 4), (1024, 2048, 1024, 8))
+_LISTS = ((64, 256, 128, 4), (256, 512, 256, 4), (1024, 2048, 1024, 8))
 _SCAN = 1024  # columns judged by one maximum
 _BIAS = Tiles({"BLOCK_F": 16, "BLOCK_D": 256}, num_warps=4)
 _PACK = Tiles({"BLOCK": 1024}, num_warps=4)
@@ -194,10 +194,10 @@ def list_tiles(k: int) -> Tiles | None:
 
 
 def gemm_tiles(dtype: torch.dtype) -> Tiles:
-    # fp32 "ieee" runs on FMA units: larger tiles than 64 x 64 spill. 16 bit: 3 stages of 128 x 256 x 64 fill sm_80's 163 KB.
+    # fp32 "ieee" runs on FMA units, where 64 x 64 is what registers hold. 16 bit: 128 x 256 tiles, or 4 warps, spill on sm_100.
     if dtype == torch.float32:
         return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3)
-    return Tiles({"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3)
+    return Tiles({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3)
 
 
 def _has_mm_with_fp32_output() -> bool:

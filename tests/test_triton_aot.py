@@ -1,0 +1,80 @@
+"""Every Triton kernel × shipped configuration, compiled ahead of time for sm_80, sm_90 and sm_100: no GPU is needed for that.
+
+What is asserted: it compiles, no stack bytes (a spill or an indexed local array), shared memory within the architecture's limit,
+the architecture's own matrix instruction where a GEMM runs on tensor cores, and 16-byte reads in the kernels that gather rows.
+"""
+
+import concurrent.futures
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
+
+CAPABILITIES = (80, 90, 100)
+WORKERS = 2
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("triton-cache")
+    # Own processes: the interpreter must be off, whatever this session runs under, and the compiler holds the GIL.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+
+    def compile_part(part: int) -> list[dict]:
+        command = [sys.executable, "-m", "refusal_kernels.triton_kernels.aot", "--part", f"{part}/{WORKERS}"]
+        command += ["--capability", *map(str, CAPABILITIES)]
+        root = Path(__file__).parent.parent
+        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-8000:]
+        return [json.loads(line) for line in run.stdout.splitlines()]
+
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        parts = list(pool.map(compile_part, range(WORKERS)))
+    return [kernel for part in parts for kernel in part]
+
+
+def test_every_configuration_of_every_kernel_was_compiled(compiled):
+    from refusal_kernels.triton_kernels import adam, backward, decode, encode, registry
+
+    labels = [configuration.label for configuration in registry.configurations()]
+    assert len(set(labels)) == len(labels)
+    assert sorted((k["label"], k["capability"]) for k in compiled) == sorted((n, c) for n in labels for c in CAPABILITIES)
+    # Every @triton.jit kernel of the package is in the registry: one without a configuration would never be compiled here.
+    registered = {configuration.kernel.__name__ for configuration in registry.configurations()}
+    written = {name for module in (encode, decode, backward, adam) for name in vars(module) if name.endswith("_kernel")}
+    assert registered == written
+
+
+def test_nothing_spills(compiled):
+    assert [k for k in compiled if k["stack"] != 0] == []
+
+
+def test_registers_and_shared_memory_fit(compiled):
+    from refusal_kernels.triton_kernels.aot import SHARED_LIMIT
+
+    assert [k for k in compiled if k["shared"] > SHARED_LIMIT[k["capability"]] or k["registers"] > 255] == []
+
+
+def test_gemm_runs_on_tensor_cores(compiled):
+    from refusal_kernels.triton_kernels.aot import MATRIX_INSTRUCTION
+
+    gemms = [k for k in compiled if k["label"] in ("encode.gemm[bf16]", "encode.gemm[fp16]")]
+    assert len(gemms) == 2 * len(CAPABILITIES)
+    assert all(k["matrix_instruction"] == MATRIX_INSTRUCTION[k["capability"]] for k in gemms)
+    # fp32 must not: "ieee" keeps all 24 bits, which tf32 tensor cores do not.
+    exact = [k for k in compiled if k["label"] == "encode.gemm[fp32]"]
+    assert len(exact) == len(CAPABILITIES)
+    assert not any(k["matrix_instruction"] for k in exact)
+
+
+def test_rows_are_read_16_bytes_at_a_time(compiled):
+    gathers = [k for k in compiled if k["label"].startswith(("decode[", "backward.latent[", "backward.rows[", "adam."))]
+    assert gathers
+    assert [k["label"] for k in gathers if not k["wide_loads"]] == []

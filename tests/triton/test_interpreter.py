@@ -1,0 +1,426 @@
+"""Every Triton primitive against the fp64 reference, in the interpreter: fp32 and fp16, shapes that are multiples of nothing.
+
+Inputs and in-place outputs sit inside larger NaN-filled buffers, so that reading or writing outside a tensor shows; `empty`
+tensors are filled with NaN. Tolerance: twice PyTorch's own error in the same dtype (three times for gradients) plus one rounding
+of the result; where mathematics is exact (indices, ties, determinism, permutations) equality.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import refusal_kernels as rk
+from refusal_kernels import reference
+from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode
+
+DTYPES = (torch.float32, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty_tensors():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def short_lists(monkeypatch):
+    """Candidate lists of 16 and 32 keys: the shipped ones take seconds per row in the interpreter."""
+    monkeypatch.setattr(encode, "_LISTS", ((4, 16, 8, 1), (8, 32, 16, 1)))
+    monkeypatch.setattr(encode, "_SCAN", 32)
+
+
+class Rim:
+    """A tensor inside a NaN-filled buffer, with a check that nobody wrote outside it."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        rows = tensor.reshape(tensor.shape[0], -1) if tensor.numel() else tensor.reshape(tensor.shape[0], 1)[:, :0]
+        margin = 64
+        buffer = torch.full((tensor.numel() + 2 * margin,), math.nan, dtype=tensor.dtype)
+        inner = buffer[margin : margin + tensor.numel()]
+        inner.copy_(rows.reshape(-1))
+        self.buffers.append(buffer)
+        return inner.view(tensor.shape)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert buffer[:64].isnan().all()
+            assert buffer[-64:].isnan().all()
+
+
+@pytest.fixture
+def rim():
+    rim = Rim()
+    yield rim
+    rim.check()
+
+
+def close(actual: Tensor, exact: Tensor, torch_result: Tensor, factor: float) -> None:
+    assert actual.shape == exact.shape
+    assert actual.dtype == torch_result.dtype
+    finite = exact.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    exact = exact[finite]
+    if exact.numel() == 0:
+        return
+    error = (actual[finite].double() - exact).abs()
+    own = (torch_result[finite].double() - exact).abs()
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    assert error.max() <= factor * own.max() + rounding
+    assert error.mean() <= factor * own.mean() + rounding / 2
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+def integers(*shape: int, low: int = -2, high: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Small integers: every product and sum is exact in fp32, so ties are everywhere and results must be equal."""
+    return torch.randint(low, high, shape).to(dtype)
+
+
+# --- topk_encode ------------------------------------------------------------------------------------------------------------
+
+
+def check_encode(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None, chunk: tuple[int, int] | None) -> None:
+    values, indices = encode.topk_encode(x, W, b, k, b_dec, chunk=chunk)
+    exact_values, exact_indices = reference.topk_encode(*double(x, W, b), k, None if b_dec is None else b_dec.double())
+    assert torch.equal(indices, exact_indices)
+    assert torch.equal(torch.nan_to_num(values, nan=-7.0), torch.nan_to_num(exact_values.to(x.dtype), nan=-7.0))
+    assert values.dtype == x.dtype
+    assert torch.equal(values.isnan(), exact_values.isnan())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "d", "n_latents", "k", "chunk"),
+    [
+        (torch.float32, 3, 5, 77, 1, (2, 32)),
+        (torch.float16, 3, 7, 77, 3, (2, 48)),
+        (torch.float16, 2, 19, 101, 7, None),
+        (torch.float32, 2, 3, 5, 5, None),  # k = F
+        (torch.float16, 3, 4, 61, 61, (2, 16)),  # k = F beyond the longest list: the merging route
+        (torch.float32, 2, 1, 1, 1, None),
+    ],
+)
+def test_encode_with_ties(short_lists, rim, dtype, n, d, n_latents, k, chunk):
+    torch.manual_seed(n * d + k)
+    x, W = rim(integers(n, d, dtype=dtype)), rim(integers(n_latents, d, dtype=dtype))
+    b_dec = rim(integers(d)) if d > 3 else None
+    check_encode(x, W, rim(integers(n_latents)), k, b_dec, chunk)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encode_of_sorted_rows_overflows_its_list_and_stays_exact(short_lists, dtype):
+    # x = 1, ascending: every latent beats all before it, so 70 latents pass through a list of 16. x = -1: none after the first.
+    x = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
+    check_encode(x, torch.arange(70.0)[:, None].to(dtype), torch.full((70,), 35.0), 4, None, (3, 48))
+
+
+def test_encode_without_enough_positives_fills_with_the_lowest_unused_latents(short_lists):
+    W = torch.zeros(70, 2)
+    W[[9, 66], 0] = torch.tensor([2.0, 3.0])  # a tie, with the bias below
+    b = torch.full((70,), -0.0)
+    b[::2] = -1.0
+    x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    values, indices = encode.topk_encode(x, W, b, 4, None, chunk=(1, 32))
+    assert indices.tolist() == [[9, 66, 0, 1], [0, 1, 2, 3]]
+    assert values.tolist() == [[2.0, 2.0, 0.0, 0.0], [0.0] * 4]
+    assert not torch.signbit(values).any()
+    check_encode(x, W, b, 4, None, (2, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encode_puts_nan_first_and_infinity_second(short_lists, dtype):
+    b = torch.zeros(90)
+    b[[5, 70]] = math.nan
+    b[[3, 88]] = math.inf
+    b[7] = -math.inf
+    x = integers(3, 4, dtype=dtype)
+    x[1, 2] = math.nan
+    W = integers(90, 4, low=1, high=4, dtype=dtype)
+    check_encode(x, W, b, 4, None, (2, 32))
+    values, indices = encode.topk_encode(x[:1], W, b, 4, None)
+    assert indices.tolist() == [[5, 70, 3, 88]]
+    assert values[0, :2].isnan().all()
+
+
+def test_encode_of_duplicated_latents_takes_the_lower_index(short_lists):
+    torch.manual_seed(0)
+    W = torch.randn(20, 6).repeat(4, 1)
+    x = torch.randn(2, 6)
+    values, indices = encode.topk_encode(x, W, torch.zeros(80), 8, None, chunk=(2, 32))
+    assert torch.equal(values[:, 0::4], values[:, 3::4])
+    assert torch.equal(indices[:, 1:4], indices[:, :1] + torch.tensor([20, 40, 60]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encode_of_real_data_is_the_top_k_of_its_own_preactivations(short_lists, rim, dtype):
+    torch.manual_seed(1)
+    x, W = rim(torch.randn(3, 33).to(dtype)), rim((torch.randn(90, 33) / 6).to(dtype))
+    b, b_dec = rim(torch.randn(90)), rim(torch.randn(33))
+    values, indices = encode.topk_encode(x, W, b, 7, b_dec, chunk=(2, 48))
+    pre = (x.double() - b_dec.double()) @ W.double().T + b.double()
+    exact, torch_result = pre.relu().gather(1, indices), reference.topk_encode(x, W, b, 7, b_dec)[0]
+    close(values, exact, torch_result, 2)
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    best = reference.topk_encode(*double(x, W, b), 7, b_dec.double())[0]
+    assert torch.allclose(exact, best, rtol=0, atol=1e-5)
+    again = encode.topk_encode(x, W, b, 7, b_dec, chunk=(2, 48))
+    assert torch.equal(values, again[0])
+    assert torch.equal(indices, again[1])
+
+
+def test_encode_with_a_shipped_list():
+    torch.manual_seed(2)
+    check_encode(integers(1, 3), integers(600, 3), integers(600), 33, None, (1, 608))
+
+
+def test_encode_with_k_beyond_every_list():
+    torch.manual_seed(3)
+    check_encode(integers(2, 3), integers(1200, 3), integers(1200), 1100, integers(3), (2, 512))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemm_kernel(rim, dtype):
+    torch.manual_seed(4)
+    x, W = rim(integers(70, 37, dtype=dtype)), rim(integers(131, 37, dtype=dtype))
+    out = rim(torch.zeros(70, 131))
+    encode.triton_project(x, W, out)
+    assert torch.equal(out, x.float() @ W.float().T)
+
+
+def test_work_buffer_does_not_grow_with_the_problem():
+    for k in (1, 64, 1024, 1 << 17):
+        rows, columns = encode._chunk_shape(torch.empty(1 << 20, 1, device="meta"), 1 << 20, k)
+        route = k + columns if encode.list_tiles(k) is None else encode.list_tiles(k).constexprs["CAPACITY"]
+        assert rows * columns * 4 + rows * route * 8 <= 64 << 20
+
+
+# --- decode -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(4, 5, 9, 1), (3, 130, 20, 9), (2, 1030, 40, 17), (2, 64, 6, 6)])
+def test_decode(rim, dtype, n, d, n_latents, k):
+    torch.manual_seed(d)
+    values = rim(torch.randn(n, k).to(dtype))
+    indices = torch.randint(n_latents, (n, k))
+    W, b_dec, x = rim(torch.randn(n_latents, d).to(dtype)), rim(torch.randn(d)), rim(torch.randn(n, d).to(dtype))
+    for bias in (b_dec, None):
+        exact_bias = None if bias is None else bias.double()
+        exact = reference.sparse_decode(*double(values, indices, W), exact_bias)
+        own = reference.sparse_decode(values, indices, W, bias)
+        for kind in (torch.int32, torch.int64):
+            close(decode.sparse_decode(values, indices.to(kind), W, bias), exact, own, 2)
+        e, sq = decode.decode_residual(x, values, indices, W, bias)
+        exact_e, exact_sq = reference.decode_residual(*double(x, values, indices, W), exact_bias)
+        own_e, own_sq = reference.decode_residual(x, values, indices, W, bias)
+        close(e, exact_e, own_e, 2)
+        close(sq, exact_sq, own_sq, 2)
+    assert torch.equal(e, decode.decode_residual(x, values, indices, W, None)[0])
+
+
+def test_empty_batches():
+    W, b, b_dec, x = torch.randn(6, 4), torch.randn(6), torch.randn(4), torch.empty(0, 4)
+    values, indices = encode.topk_encode(x, W, b, 3, b_dec)
+    assert values.shape == indices.shape == (0, 3)
+    assert indices.dtype == torch.int64
+    assert decode.sparse_decode(values, indices, W, b_dec).shape == (0, 4)
+    e, sq = decode.decode_residual(x, values, indices, W, b_dec)
+    assert (e.shape, sq.shape) == ((0, 4), (0,))
+    dvalues, dW = backward.sparse_decode_backward(x, values, indices, W, True, True)
+    assert dvalues.shape == (0, 3)
+    assert not dW.any()
+    dx, dW, db = backward.topk_encode_backward(values, values, indices, x, W, b_dec, True, True)
+    assert dx.shape == (0, 4)
+    assert not dW.any()
+    assert not db.any()
+    buffers = torch.ones(6, 4), torch.ones(6), torch.ones(6, 4)
+    backward.sae_backward(e, x, values, indices, W, W, b_dec, 1.0, *buffers)
+    assert all((t == 1).all() for t in buffers)
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------------
+
+
+def test_csc_is_the_stable_transpose():
+    indices = torch.tensor([[3, 0], [3, 1], [0, 3], [3, 0], [3, 4]])
+    sparse = csc.csc_from_indices(indices, 6, segment=2)
+    assert sparse.order.tolist() == [1, 4, 7, 3, 0, 2, 5, 6, 8, 9]
+    assert sparse.offsets.tolist() == [0, 3, 4, 4, 9, 10, 10]
+    # Latents 0 (3 entries) and 3 (5) are hot: 2 and 3 segments of at most 2; the other slots are empty.
+    assert sparse.segment_latent.tolist() == [0, 0, 3, 3, 3, 6, 6, 6, 6, 6]
+    assert sparse.segment_ends.tolist() == [2, 2, 2, 5, 5, 5]
+
+
+def code(n: int, n_latents: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values with zeros and distinct indices, of which latent 1 is in every row (hot) and the last latent in none."""
+    indices = torch.stack([torch.randperm(n_latents - 1)[:k] for _ in range(n)])
+    indices = torch.where((indices == 1).any(1, keepdim=True), indices, torch.cat([torch.ones(n, 1), indices[:, 1:]], 1))
+    values = torch.rand(n, k)
+    values[::2, -1] = 0
+    return values.to(dtype), indices.long()
+
+
+SHAPES = [(7, 5, 11, 3, 2), (6, 130, 9, 4, None), (5, 70, 8, 1, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "n_latents", "k", "segment"), SHAPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_sparse_decode_backward(rim, monkeypatch, dtype, n, d, n_latents, k, segment, wide):
+    if wide:
+        monkeypatch.setattr(backward, "_WIDEST_ROW", 0)
+    torch.manual_seed(d)
+    values, indices = code(n, n_latents, k, dtype)
+    indices[0] = 2  # one latent several times in one row
+    values = rim(values)
+    grad, W = rim(torch.randn(n, d).to(dtype)), rim(torch.randn(n_latents, d).to(dtype))
+    exact = reference.sparse_decode_backward(*double(grad, values, indices, W), True, True)
+    own = reference.sparse_decode_backward(grad, values, indices, W, True, True)
+    dvalues, dW = backward.sparse_decode_backward(grad, values, indices, W, True, True, segment=segment)
+    close(dvalues, exact[0], own[0], 3)
+    close(dW, exact[1], own[1], 3)
+    assert not dW[-1].any()
+    again = backward.sparse_decode_backward(grad, values, indices.int(), W, True, True, segment=segment)
+    assert torch.equal(dW, again[1])
+    if not wide:
+        only_values = backward.sparse_decode_backward(grad, values, indices, W, True, False)
+        only_W = backward.sparse_decode_backward(grad, values, indices, W, False, True, segment=segment)
+        assert only_values[1] is only_W[0] is None
+        close(only_values[0], exact[0], own[0], 3)
+        close(only_W[1], exact[1], own[1], 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "n_latents", "k", "segment"), SHAPES)
+def test_topk_encode_backward(rim, dtype, n, d, n_latents, k, segment):
+    torch.manual_seed(d + 1)
+    values, indices = code(n, n_latents, k, dtype)
+    values[1, 0] = math.nan  # a NaN value is not a zero value: its gradient passes
+    grad_values, x = rim(torch.randn(n, k).to(dtype)), rim(torch.randn(n, d).to(dtype))
+    W, b_dec = rim(torch.randn(n_latents, d).to(dtype)), rim(torch.randn(d))
+    for bias in (b_dec, None):
+        inputs = (grad_values, values, indices, x, W)
+        exact = reference.topk_encode_backward(*double(*inputs), None if bias is None else bias.double(), True, True)
+        own = reference.topk_encode_backward(*inputs, bias, True, True)
+        actual = backward.topk_encode_backward(*inputs, bias, True, True, segment=segment)
+        for a, b, c in zip(actual, exact, own, strict=True):
+            close(a, b, c, 3)
+    assert not actual[1][-1].any()
+    again = backward.topk_encode_backward(*inputs, None, True, True, segment=segment)
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+    nothing = backward.topk_encode_backward(*inputs, None, False, False, segment=segment)
+    assert nothing[0] is nothing[1] is None
+    assert torch.equal(nothing[2], actual[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "n_latents", "k", "segment"), SHAPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_sae_backward(rim, monkeypatch, dtype, n, d, n_latents, k, segment, wide):
+    if wide:
+        monkeypatch.setattr(backward, "_WIDEST_ROW", 0)
+    torch.manual_seed(d + 2)
+    values, indices = code(n, n_latents, k, dtype)
+    e, x = rim(torch.randn(n, d).to(dtype)), rim(torch.randn(n, d).to(dtype))
+    W_enc, W_dec = rim(torch.randn(n_latents, d).to(dtype)), rim(torch.randn(n_latents, d).to(dtype))
+    b_dec = rim(torch.randn(d))
+    before = torch.randn(n_latents, d), torch.randn(n_latents), torch.randn(n_latents, d)
+    inputs = (e, x, values, indices, W_enc, W_dec, b_dec)
+    exact, own = [t.double() for t in before], [t.clone() for t in before]
+    reference.sae_backward(*double(*inputs), 0.3, *exact)
+    reference.sae_backward(*inputs, 0.3, *own)
+    for scale in (0.3, torch.tensor(0.3)):
+        actual = [rim(t) for t in before]
+        backward.sae_backward(*inputs, scale, *actual, segment=segment)
+        for a, b, c in zip(actual, exact, own, strict=True):
+            close(a, b, c, 3)
+    overwritten = [rim(t) for t in before]
+    backward.sae_backward(*inputs, 0.3, *overwritten, accumulate=False, segment=segment)
+    exact, own = [torch.zeros_like(t.double()) for t in before], [torch.zeros_like(t) for t in before]
+    reference.sae_backward(*double(*inputs), 0.3, *exact)
+    reference.sae_backward(*inputs, 0.3, *own)
+    for a, b, c in zip(overwritten, exact, own, strict=True):
+        close(a, b, c, 3)
+    assert not any(t[-1].any() for t in overwritten)
+    again = [torch.empty_like(t) for t in before]
+    backward.sae_backward(*inputs, 0.3, *again, accumulate=False, segment=segment)
+    assert all(torch.equal(a, b) for a, b in zip(overwritten, again, strict=True))
+
+
+def test_segments_cover_the_workspace_bound():
+    for entries, d in ((1, 1), (32768 * 64, 4096), (65536 * 32, 128), (1 << 31, 8192)):
+        segment = backward.segment_length(entries, d)
+        assert segment >= 256
+        assert 2 * entries // segment * 2 * d * 4 <= backward._PARTIAL_BYTES
+
+
+# --- adam -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "d", "parallel", "unit"),
+    [(5, 37, True, True), (4, 5, False, True), (3, 140, True, False), (7, 300, False, False), (2, 8200, True, True)],
+)
+def test_adam_rows(rim, rows, d, parallel, unit):
+    torch.manual_seed(d)
+    W, g, m = torch.randn(rows, d), torch.randn(rows, d), torch.randn(rows, d) * 0.1
+    v = torch.rand(rows, d)
+    for t in (W, g, m):
+        t[1] = 0  # a row of zero norm that stays one
+    for grad_scale in (None, 0.5, torch.tensor(0.5)):
+        factor = None if grad_scale is None else torch.tensor(0.5)
+        numbers = (1e-2, 0.9, 0.999, 1e-8, 1 - 0.9**3, 1 - 0.999**3)
+        exact, own = [t.double() for t in (W, g, m, v)], [t.clone() for t in (W, g, m, v)]
+        reference.adam_rows(*exact, *numbers, factor, parallel, unit)
+        reference.adam_rows(*own, *numbers, factor, parallel, unit)
+        actual = [rim(t) for t in (W, g, m, v)]
+        adam.adam_rows(*actual, *numbers, grad_scale, parallel, unit)
+        for a, b, c in zip(actual, exact, own, strict=True):
+            close(a, b, c, 3)
+        assert not actual[0][1].any()
+    if unit:
+        norms = actual[0].norm(dim=1)
+        assert torch.allclose(norms[[0, *range(2, rows)]], torch.ones(rows - 1), atol=1e-6)
+
+
+def test_adam_rows_follows_torch_adam():
+    torch.manual_seed(5)
+    parameter = torch.nn.Parameter(torch.randn(4, 50))
+    W, m, v = parameter.detach().clone(), torch.zeros(4, 50), torch.zeros(4, 50)
+    optimizer = torch.optim.Adam([parameter], lr=3e-3)
+    for step in (1, 2, 3):
+        parameter.grad = torch.randn(4, 50)
+        adam.adam_rows(
+            W, parameter.grad, m, v, 3e-3, 0.9, 0.999, 1e-8, 1 - 0.9**step, 1 - 0.999**step, None, False, False
+        )
+        optimizer.step()
+    assert torch.allclose(W, parameter, rtol=0, atol=1e-6)
+
+
+# --- through the public operators -------------------------------------------------------------------------------------------
+
+
+def test_public_operators_run_on_triton_and_differentiate(short_lists):
+    torch.manual_seed(6)
+    x, W_enc, W_dec = torch.randn(5, 6), torch.randn(40, 6), torch.randn(40, 6)
+    b_enc, b_dec = torch.randn(40), torch.randn(6)
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, W_enc, b_enc, W_dec, b_dec)]
+        values, indices = rk.topk_encode(leaves[0], leaves[1], leaves[2], 3, leaves[4], backend=backend)
+        assert rk.last_backend("topk_encode") == backend
+        x_hat = rk.sparse_decode(values, indices, leaves[3], leaves[4], backend=backend)
+        assert rk.last_backend("sparse_decode") == backend
+        (x_hat - leaves[0]).square().sum().backward()
+        gradients.append([t.grad for t in leaves])
+    for triton_gradient, reference_gradient in zip(*gradients, strict=True):
+        assert torch.allclose(triton_gradient, reference_gradient, rtol=1e-5, atol=1e-5)

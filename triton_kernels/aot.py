@@ -1,0 +1,101 @@
+"""Ahead-of-time compilation of the shipped configurations, without a GPU: what ptxas made of each kernel.
+
+    python -m refusal_kernels.triton_kernels.aot --capability 90 [--match decode] [--part 0/2]
+
+prints one JSON object per kernel: registers per thread, stack bytes (anything but 0 is a spill or a local array), shared memory,
+the matrix instruction in use, and whether global memory is read 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Configuration
+from .registry import configurations
+
+# The most shared memory a program may ask for, in bytes (CUDA C programming guide, technical specifications per capability).
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What ptxas reports about one kernel on one architecture; sizes in bytes."""
+
+    label: str
+    capability: int
+    registers: int
+    stack: int
+    shared: int
+    matrix_instruction: str
+    wide_loads: bool
+
+
+def compile_configuration(configuration: Configuration, capability: int) -> Compiled:
+    """Compiles for compute capability `capability` (80, 90, 100) as the JIT would for 16-byte aligned tensors."""
+    tiles = configuration.tiles
+    names = configuration.kernel.arg_names
+    types = {**configuration.signature, **dict.fromkeys(tiles.constexprs, "constexpr")}
+    signature = {name: types[name] for name in names}
+    aligned = [
+        position
+        for position, name in enumerate(names)
+        if signature[name].startswith("*") or name in configuration.divisible_by_16
+    ]
+    attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
+    options = {name: value for name, value in tiles.options().items() if name not in tiles.constexprs}
+    source = ASTSource(configuration.kernel, signature, dict(tiles.constexprs), attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage = _cuobjdump("-res-usage", path)
+        sass = _cuobjdump("-sass", path)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resource usage for {configuration.label}: {usage!r}")
+    instruction = MATRIX_INSTRUCTION[capability]
+    return Compiled(
+        configuration.label,
+        capability,
+        int(found[1]),
+        int(found[2]),
+        kernel.metadata.shared,
+        instruction if re.search(rf"\b{instruction}\b", sass) else "",
+        # cp.async appears as LDGSTS, the tensor memory accelerator as UTMALDG.
+        re.search(r"\b(LDG|LDGSTS)[.\w]*\.(128|256)\b|\bUTMALDG", sass) is not None,
+    )
+
+
+def _cuobjdump(option: str, path: Path) -> str:
+    tool = knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--match", default="", help="only configurations whose label contains this")
+    parser.add_argument("--part", default="0/1", help="i/n: every n-th configuration, starting with the i-th")
+    options = parser.parse_args(arguments)
+    part, parts = (int(number) for number in options.part.split("/"))
+    matching = [c for c in configurations() if options.match in c.label]
+    work = [(c, capability) for c in matching for capability in options.capability]
+    for configuration, capability in work[part::parts]:
+        print(json.dumps(dataclasses.asdict(compile_configuration(configuration, capability))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
