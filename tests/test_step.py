@@ -257,6 +257,7 @@ def test_errors_name_what_is_wrong():
         ({"W_dec": params[2] * 2}, "W_dec must be a leaf tensor"),
         ({"W_dec": params[2].detach().double()}, "W_dec must have the dtype of W_enc"),
         ({"dead": torch.tensor([1.0])}, "dead must have one of the dtypes int64"),
+        ({"dead": torch.tensor([F])}, "dead must hold latents in"),
         ({"dead": torch.tensor([[1]])}, r"dead must be a vector \[D\]"),
         ({"k_aux": 0}, "k_aux must be at least 1"),
         ({"optimizer": torch.optim.Adam(params)}, "optimizer must be a refusal_kernels.SAEAdam or None; got Adam"),

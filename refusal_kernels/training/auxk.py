@@ -67,7 +67,7 @@ def aux_k_loss(
     check_shape("aux_k_loss", "W_dec", W_dec, tuple(W_enc.shape), "[F, d]")
     check_shape("aux_k_loss", "residual", residual, tuple(x.shape), "of x")
     k_aux = check_k_aux("aux_k_loss", k_aux, d)
-    check_dead("aux_k_loss", dead)
+    check_dead("aux_k_loss", dead, W_enc.shape[0])
     n_dead = dead.numel()
     x, residual = x.reshape(-1, d), residual.reshape(-1, d)
     if n_dead == 0 or x.shape[0] == 0:
@@ -85,11 +85,15 @@ def check_k_aux(op: str, k_aux: int | None, d: int) -> int:
     return default_k_aux(d) if k_aux is None else check_k(op, k_aux, 2**62, name="k_aux")
 
 
-def check_dead(op: str, dead: Tensor) -> None:
-    """`dead` is an int64 vector."""
+def check_dead(op: str, dead: Tensor, n_latents: int) -> None:
+    """`dead` is an int64 vector of latents; their range is looked at on a CPU only, a GPU would have to be waited for."""
     check_tensor(op, "dead", dead, (torch.int64,), min_dim=1)
     if dead.dim() != 1:
         raise ValueError(f"{op}: dead must be a vector [D] of distinct latents; got shape {tuple(dead.shape)}")
+    if dead.device.type == "cpu" and dead.numel() and not 0 <= int(dead.min()) <= int(dead.max()) < n_latents:
+        raise ValueError(
+            f"{op}: dead must hold latents in [0, F) with F = {n_latents}; got {int(dead.min())} to {int(dead.max())}"
+        )
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ class SAEAdam(torch.optim.Optimizer):
         self.remove_parallel_grad = remove_parallel_grad
         self.max_grad_norm = max_grad_norm
         self.backend = backend
+        self._gradient_buffers: tuple[Tensor, Tensor] | None = None
         super().__init__([W_enc, b_enc, W_dec, b_dec], {"lr": lr, "betas": betas, "eps": eps})
 
     @property
@@ -104,6 +105,20 @@ class SAEAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         return state["exp_avg"], state["exp_avg_sq"]
+
+    def gradient_buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Zeroed tensors of the shapes of W_enc and W_dec, the same ones at every step: fresh ones would be paid for in
+        page faults. Only a step that has to see the whole gradient before it moves (clipping) asks for them."""
+        W_enc, _, W_dec, _ = self.parameters
+        buffers = self._gradient_buffers
+        if buffers is None or buffers[0].dtype != dtype or buffers[0].device != W_enc.device:
+            options: dict[str, Any] = {"dtype": dtype, "device": W_enc.device}
+            buffers = self._gradient_buffers = (
+                torch.empty(W_enc.shape, **options),
+                torch.empty(W_dec.shape, **options),
+            )
+        torch._foreach_zero_(buffers)
+        return buffers
 
     def advance(self) -> AdamStep:
         """Counts one step of all four parameters and returns its scalars."""

@@ -89,7 +89,7 @@ def sae_step(
     k = check_k(op, k, n_latents)
     k_aux = check_k_aux(op, k_aux, d)
     if dead is not None:
-        check_dead(op, dead)
+        check_dead(op, dead, n_latents)
     parameters = (W_enc, b_enc, W_dec, b_dec)
     if optimizer is not None:
         if not isinstance(optimizer, SAEAdam):
@@ -141,12 +141,12 @@ class _Step:
             aux = self._aux(e)
             output = self._measure(values, indices, squares, aux)
             if optimizer is None:
-                self._accumulate(self._gradients(e, values, indices, aux))
+                self._accumulate(e, values, indices, aux)
             elif self._can_fuse(optimizer):
                 self._fused_step(optimizer, e, values, indices, aux)
             else:
-                gradients = self._gradients(e, values, indices, aux)
-                dW_enc, db_enc, dW_dec, db_dec = gradients
+                dW_enc, dW_dec = optimizer.gradient_buffers(self.ct)
+                db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec)
                 optimizer.apply_gradients(dW_enc, db_enc, dW_dec, db_dec, backend=self.backend.name)
         return output
 
@@ -188,12 +188,10 @@ class _Step:
         rows = 256 if self.x.device.type == "cpu" else max(1, self.x.shape[0])
         return torch.stack([(part - mean).square_().sum() for part in self.x.split(rows)]).sum()
 
-    def _gradients(
-        self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(dW_enc, db_enc, dW_dec, db_dec) in the compute dtype, AuxK included."""
-        dW_enc = torch.zeros_like(self.W_enc, dtype=self.ct)
-        dW_dec = torch.zeros_like(self.W_dec, dtype=self.ct)
+    def _add_gradients(
+        self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None, dW_enc: Tensor, dW_dec: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the weights' gradients to dW_enc and dW_dec; returns (db_enc, db_dec). AuxK included."""
         db_enc = torch.zeros_like(self.b_enc)
         self.backend.sae_backward(
             e, self.x, values, indices, self.W_enc, self.W_dec, self.b_dec, self._scale, dW_enc, db_enc, dW_dec
@@ -203,20 +201,33 @@ class _Step:
             dW_enc.index_add_(0, self.dead, aux.dW_enc)
             dW_dec.index_add_(0, self.dead, aux.dW_dec)
             db_enc.index_add_(0, self.dead, aux.db_enc)
-        return dW_enc, db_enc, dW_dec, self._b_dec_gradient(e, db_enc @ self.W_enc.to(self.ct))
+        return db_enc, self._b_dec_gradient(e, db_enc @ self.W_enc.to(self.ct))
 
     def _b_dec_gradient(self, e: Tensor, through_encoder: Tensor) -> Tensor:
         """b_dec enters as x_hat + b_dec and as x - b_dec: its gradient is scale * sum_n e_n - db_enc W_enc."""
         return self._scale * e.sum(0, dtype=self.ct) - through_encoder
 
-    def _accumulate(self, gradients: tuple[Tensor, ...]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if not parameter.requires_grad:
+    def _accumulate(self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None) -> None:
+        dW_enc, dW_dec = self._buffer(self.parameters[0]), self._buffer(self.parameters[2])
+        db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec)
+        for parameter, gradient in zip(self.parameters, (dW_enc, db_enc, dW_dec, db_dec), strict=True):
+            if not parameter.requires_grad or parameter.grad is gradient:
                 continue
             if parameter.grad is None:
                 parameter.grad = gradient.to(parameter.dtype)
             else:
                 parameter.grad += gradient
+
+    def _buffer(self, weight: Tensor) -> Tensor:
+        """Where a weight's gradient is added up: its .grad where the kernels can write there, or zeros."""
+        if (
+            (grad := weight.grad) is not None
+            and weight.requires_grad
+            and grad.dtype == self.ct
+            and grad.is_contiguous()
+        ):
+            return grad
+        return torch.zeros(weight.shape, dtype=self.ct, device=weight.device)
 
     def _can_fuse(self, optimizer: SAEAdam) -> bool:
         """Clipping needs the norm of the whole gradient first; autocast copies are not the weights to update."""
