@@ -1,4 +1,4 @@
-"""`python -m benches` runs the benchmarks, prints tables, writes JSON and SVG; `readme`, `show`, `plot` take a result."""
+"""`python -m benches` runs the benchmarks, prints and writes results; `readme`, `show`, `plot` use results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import typer
 
 from . import machine, results
 from .plot import draw
-from .shapes import GROUPS, SHAPES, Shape
+from .shapes import COLUMNS, GROUPS, SHAPES, Shape
 
 # glibc gives big freed blocks back to the system and takes page faults for every [N, F] temporary; raised beyond all
 # sizes here, freed blocks stay. It is the setting under which PyTorch's columns look best.
@@ -43,6 +43,9 @@ def run(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every column.")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="The first shape only, fewer turns, default malloc.")] = False,
+    columns: Annotated[str, typer.Option(help="Columns to run; separated by spaces.")] = " ".join(
+        (*COLUMNS, "autograd")
+    ),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str | None, typer.Option(help="Back-end of our column; default: what auto takes.")] = None,
 ) -> None:
@@ -73,6 +76,7 @@ def run(
     main_groups = [g for g in wanted if g in GROUPS]
     for malloc in mallocs if main_groups else []:
         arguments = ["--shapes", " ".join(map(str, chosen)), "--groups", " ".join(main_groups), "--rounds", str(rounds)]
+        arguments += ["--columns", columns]
         cases = measure([*arguments, *options, *([] if malloc == "default" else ["--no-memory"])], malloc)
         result["settings"].append({"malloc": malloc, "environment": MALLOC[malloc], "rounds": rounds, "cases": cases})
     if "crossover" in wanted:
@@ -95,10 +99,18 @@ def measure(arguments: list[str], malloc: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
         command = [
-            sys.executable, "-m", "pytest", str(machine.ROOT / "benches" / file), "--benchmark-only", "-q", "--no-header",
-            "--benchmark-columns=min", f"--benchmark-json={record}", "-p", "no:cacheprovider", "--no-summary",
-            "--benchmark-quiet", *arguments,
-        ]  # fmt: skip
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                str(machine.ROOT / "benches" / file),
+                "-q",
+                "--no-header",
+                "--no-summary",
+            ),
+            *("-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={record}"),
+            *arguments,
+        ]
         print(f"--- {malloc} malloc settings: {' '.join(arguments)}", flush=True)
         finished = subprocess.run(command, cwd=machine.ROOT, env=os.environ | MALLOC[malloc])
         if finished.returncode != 0:
@@ -119,9 +131,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"\nBehind the times ({setting['malloc']} malloc):\n{results.details(setting['cases'])}")
     for group in ("decode", "step") if result["crossover"] else ():
         n, d = result["crossover"][0]["shape"][:2]
-        print(
-            f"\nCrossover, {group}, N = {n}, d = {d}: dense time / our time\n{results.crossover_table(result['crossover'], group)}"
-        )
+        print(f"\nCrossover, {group}, N = {n}, d = {d}: dense time / our time")
+        print(results.crossover_table(result["crossover"], group))
 
 
 @app.command()

@@ -23,8 +23,8 @@ from .problem import BETAS, EPS, LR, Problem, relative_error
 from .torch_paths import SparsePath
 
 # Norm-wise relative errors against fp64. fp32 products of these sizes are off by about 1e-6; a wrong selection, a
-# missing token or a missing mask by more than 1e-3. Adam's first step is lr * sign(gradient): elements whose gradient is
-# of the size of its rounding error change it more.
+# missing token or a missing mask by more than 1e-3. Adam's first step is lr * sign(gradient): elements whose gradient
+# is of the size of its rounding error change it more.
 TOLERANCE = {"encode": 1e-5, "decode": 1e-5, "backward": 1e-4, "step": 1e-2}
 CALIBRATION_ROUNDS = 2
 
@@ -209,7 +209,7 @@ class Case:
         name = self.backend or {"cpu": "cpu", "cuda": "triton"}[self.problem.device.type]
         return BACKENDS[name]
 
-    # --- step: forward, backward, Adam, unit norm of the decoder rows --------------------------------------------------
+    # --- step: forward, backward, Adam, unit norm of the decoder rows ------------------------------------------------
 
     def reset(self) -> None:
         """Parameters and moments as before the first step."""
@@ -344,6 +344,7 @@ class Case:
             column.run(*column.prepare())
             return 0.0
         if self.group == "step":
+            _ = p.gradients  # of the initial parameters
             self.reset()
             column.run(*column.prepare())
             error = self._update_error()
@@ -389,12 +390,17 @@ class Case:
             return weight.double() - LR * gradient / (gradient.abs() + EPS)
 
         expected = [
-            adam(W_enc[g.rows], g.dW_enc), adam(b_enc[g.rows], g.db_enc), adam(W_dec[g.rows], g.dW_dec), adam(b_dec, g.db_dec)
-        ]  # fmt: skip
+            adam(W_enc[g.rows], g.dW_enc),
+            adam(b_enc[g.rows], g.db_enc),
+            adam(W_dec[g.rows], g.dW_dec),
+            adam(b_dec, g.db_dec),
+        ]
         expected[2] /= torch.linalg.vector_norm(expected[2], dim=1, keepdim=True)
         worst = 0.0
-        for parameter, initial, target in zip(self.problem.parameters, self._initial, expected, strict=True):
-            rows = slice(None) if target.shape == parameter.shape else g.rows
+        selected = (g.rows, g.rows, g.rows, slice(None))
+        for parameter, initial, target, rows in zip(
+            self.problem.parameters, self._initial, expected, selected, strict=True
+        ):
             before = initial[rows].double()
             worst = max(worst, relative_error(parameter.detach()[rows].double() - before, target - before))
         return worst

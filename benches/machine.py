@@ -15,8 +15,10 @@ import refusal_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 # Instruction sets that decide which kernels run; the full list of flags says nothing more.
-FLAGS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile",
-         "amx_bf16", "asimd", "sve", "bf16")  # fmt: skip
+FLAGS = (
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16",
+    "amx_tile", "amx_bf16", "asimd", "sve", "bf16",
+)  # fmt: skip
 
 
 def _cpuinfo(field: str) -> str:

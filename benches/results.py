@@ -169,9 +169,10 @@ def markdown(result: dict[str, Any]) -> str:
     what = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
     isa = "" if "gpu" in machine else f" ({versions.get('isa', 'default')})"
     lines = [
-        f"fp32 on {what}{isa}, torch {versions['torch']}, Python {versions['python']}, {machine['libc']}, {setting['malloc']} "
-        f"malloc settings; best of {setting['rounds']} turns in one run, columns taking turns; commit {result['commit']}, "
-        f"{result['date'][:10]}. `make bench` prints this table and the one with tuned malloc settings.",
+        f"fp32 on {what}{isa}, torch {versions['torch']}, Python {versions['python']}, {machine['libc']}, "
+        f"{setting['malloc']} malloc settings; best of {setting['rounds']} turns in one run, columns taking turns; "
+        f"commit {result['commit']}, {result['date'][:10]}. `make bench` prints this table and the one with tuned "
+        "malloc settings.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "|".join("---" if i < 2 else "---:" for i in range(len(HEADER))) + "|",
