@@ -132,7 +132,7 @@ class ActivationBuffer:
         layers: layers to capture, in one pass; None for all.
         batch_tokens: tokens of a batch.
         buffer_tokens: tokens to mix over, at least ``2 * batch_tokens``; rounded so that a chunk (two thirds of it)
-            holds whole batches. Memory is ``buffer_tokens * sum(d_in) * itemsize`` for the model's life.
+            holds whole batches. Memory is ``buffer_tokens * sum(d_in) * itemsize``, from first to last.
         seed: of the mixing.
         heads: None, a sequence or ``{layer: heads}``: capture only these heads' columns.
         exclude_first: leave out the first token of every sequence and every BOS: attention sinks, whose activations
@@ -151,7 +151,6 @@ class ActivationBuffer:
     """
 
     _cursor: int
-    _interrupted: bool
     _left: Tensor
     _ended: bool
 
@@ -205,6 +204,8 @@ class ActivationBuffer:
                 stacklevel=2,
             )
         self._storage: dict[int, Tensor] = {}
+        # While a block is being made, the state to go back to should that be interrupted (Ctrl-C, an error).
+        self._whole: dict[str, Any] | None = None
         #: batches yielded so far.
         self.batches_seen = 0
         self._start_over()
@@ -215,12 +216,9 @@ class ActivationBuffer:
         return self
 
     def __next__(self) -> dict[int, Tensor]:
-        if self._interrupted:  # tokens were lost between the stream and the buffer; go back to where it was whole
-            self.load_state_dict(self.state_dict())
+        self._recover()
         if self._cursor >= self._block.numel() and not (self._ended and self._left.numel() == 0):
-            self._interrupted = True
             self._advance()
-            self._interrupted = False
         rows = self._block[self._cursor : self._cursor + self.batch_tokens]
         if rows.numel() == 0 or (rows.numel() < self.batch_tokens and self.drop_last):
             self._cursor = self._block.numel()
@@ -238,12 +236,18 @@ class ActivationBuffer:
         self._staged: dict[int, Tensor] = {}  # captured, but not yet in a chunk
         self._staged_from: _Origin | None = None
         self._primed = False
-        self._begin: dict[str, Any] | None = None  # the stream's state before anything was read
-        self._interrupted = False  # by Ctrl-C or an error while a block was being made
         self._ended = False
+
+    def _recover(self) -> None:
+        """After an interruption tokens are lost between the stream and the buffer: go back to the last whole block."""
+        if self._whole is not None:
+            self.load_state_dict(self._whole)
 
     def _advance(self) -> None:
         """Make the next block."""
+        resuming = self._whole
+        if resuming is None:
+            self._whole = self.state_dict()
         if not self._primed:
             self._prime()
         generation = self._generation + 1
@@ -258,14 +262,13 @@ class ActivationBuffer:
         self._left = shuffled[split:]
         self._cursor = 0
         self._generation = generation
-        # Only now, so that a state taken after an interruption still finds what the last whole block began with.
         self._origins = {k: v for k, v in self._origins.items() if k >= generation - 1}
+        self._whole = resuming
 
     def _prime(self) -> None:
         """Chunk -1, half a chunk that fills the place of what the chunk before would have left."""
         if not self._storage:
             self._allocate()
-        self._begin = self.stream.state_dict()
         self._left = self._fill(-1, torch.arange(self._kept))
         self._primed = True
 
@@ -347,6 +350,7 @@ class ActivationBuffer:
 
         Uses up nothing: before the first batch the buffer is filled with the tokens that the first batches will hold.
         """
+        self._recover()
         if self._generation < 0:
             self._advance()
         rows = torch.cat([self._block, self._left])
@@ -361,9 +365,11 @@ class ActivationBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """A small dict of JSON types. No activations: they are computed again, at most two chunks of tokens."""
-        older = self._origins.get(self._generation - 1)
-        if self._generation < 0:
-            older = _Origin(self._begin or self.stream.state_dict(), 0)
+        if self._whole is not None:
+            return self._whole
+        older = (
+            self._origins.get(self._generation - 1) if self._generation >= 0 else _Origin(self.stream.state_dict(), 0)
+        )
         return {
             "version": _STATE_VERSION,
             "generation": self._generation,
@@ -398,6 +404,7 @@ class ActivationBuffer:
         if different:
             raise ValueError(f"state: was saved by a buffer with other settings ({', '.join(different)})")
         self._start_over()
+        self._whole = state
         generation = int(state["generation"])
         self.stream.load_state_dict(state["origin"]["stream"])
         if generation >= 0:
@@ -417,6 +424,7 @@ class ActivationBuffer:
                 raise ValueError("state: the stream ends before the saved position; is it the same data?")
         self._cursor = int(state["cursor"])
         self.batches_seen = int(state["batches_seen"])
+        self._whole = None
 
     def _skip(self, n: int) -> None:
         if n and not self._stage():

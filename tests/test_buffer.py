@@ -224,7 +224,14 @@ def test_an_interruption_loses_nothing(model: Any, tokenizer: Any, call: int) ->
         handle.remove()
     state = json.loads(json.dumps(buffer.state_dict()))
     fresh = build()
-    fresh.load_state_dict(state)
+    calls = call - 1  # and again in the first pass of the resumption
+    handle = model.model.layers[0].register_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _ = (fresh.load_state_dict(state), next(fresh))
+    finally:
+        handle.remove()
+    assert fresh.state_dict() == state
     assert len(got) < 50
     for successor in (buffer, fresh):
         rest = [b[1] for b in islice(successor, 60 - len(got))]
