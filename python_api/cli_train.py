@@ -24,12 +24,12 @@ DEMO: dict[str, Any] = {
     "sequences": 64,
     "k": 16,
     "expansion": 8,
-    "tokens": 1_000_000,
+    "tokens": 600_000,
     "batch_tokens": 2048,
     "lr": 1e-3,
     "dead_after_tokens": 100_000,
-    "checkpoint_every": 200,
-    "eval_tokens": 20_000,
+    "checkpoint_every": 100,
+    "eval_tokens": 12_000,
 }
 
 

@@ -247,7 +247,8 @@ class TopKSAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in self.state_dict().items()}
         with atomic_file(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", "format_version": str(FORMAT_VERSION)})
+            # One metadata entry only: safetensors writes several in random order, and equal SAEs should be equal files.
+            save_file(tensors, temporary, metadata={"format": "pt"})
         write_json(
             folder / CONFIG_FILE,
             {"format_version": FORMAT_VERSION, "architecture": "topk", **dataclasses.asdict(self.config)},
