@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Iterator
@@ -226,11 +227,11 @@ def test_an_interruption_loses_nothing(model: Any, tokenizer: Any, call: int) ->
     fresh = build()
     calls = call - 1  # and again in the first pass of the resumption
     handle = model.model.layers[0].register_forward_hook(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            _ = (fresh.load_state_dict(state), next(fresh))
-    finally:
-        handle.remove()
+    with contextlib.suppress(KeyboardInterrupt):
+        fresh.load_state_dict(state)
+        next(fresh)
+    handle.remove()
+    assert calls == call  # it was interrupted there
     assert fresh.state_dict() == state
     assert len(got) < 50
     for successor in (buffer, fresh):
