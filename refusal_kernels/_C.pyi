@@ -1,4 +1,4 @@
-"""Types of the compiled extension's host side. Its kernels are torch operators: torch.ops.refusal_kernels_cpu, ..._cuda."""
+"""The compiled extension's host side. Its kernels are torch operators: torch.ops.refusal_kernels_cpu, ..._cuda."""
 
 from typing import TypedDict
 
