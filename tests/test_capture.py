@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import refusal_kernels.python_api
 from refusal_kernels.python_api.capture import (
     attention_geometry,
     capture,
@@ -102,6 +106,30 @@ def hook_count(model: nn.Module) -> int:
         + len(m._forward_pre_hooks_with_kwargs)
         for m in model.modules()
     )
+
+
+def test_the_package_is_lazy_guarded_and_complete() -> None:
+    """In a fresh interpreter: importing costs nothing heavy, one name costs only its own, a stray import is refused."""
+    program = """
+import sys
+import refusal_kernels.python_api as api
+heavy = {"transformers", "datasets", "typer", "peft", "accelerate", "matplotlib"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+api.scale_heads
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+for name in api.__all__:
+    assert getattr(api, name).__name__ == name
+assert set(api.__all__) <= set(dir(api))
+sys.path.insert(0, sys.argv[1])
+try:
+    import python_api
+except ImportError as error:
+    assert "import refusal_kernels.python_api, not python_api" in str(error)
+else:
+    raise AssertionError("python_api was importable by itself")
+"""
+    root = Path(refusal_kernels.python_api.__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", program, str(root)], check=True, timeout=120)
 
 
 # ------------------------------------------------------------------------------------------------------ reading z

@@ -164,6 +164,10 @@ def test_isolated_continues_a_cut_document_from_position_zero(tokenizer: Any) ->
     stream = TokenStream([text([5] * 6), text([6] * 3)], tokenizer, 4, 1, shuffle=False, epochs=1, packing="isolated")
     assert [b["position_ids"].tolist()[0] for b in stream] == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2]]
     assert not stream.state_dict()["offset"]
+    with_bos = TokenStream([text([5] * 6)], tokenizer, 4, 1, shuffle=False, epochs=1, packing="isolated", bos=True)
+    batches = list(with_bos)  # the BOS put before the rest belongs to it
+    assert [b["input_ids"].tolist()[0] for b in batches] == [[BOS, 5, 5, 5], [BOS, 5, 5, 5], [BOS, EOS]]
+    assert [b["position_ids"].tolist()[0] for b in batches] == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1]]
 
 
 # ------------------------------------------------------------------------------------------------------- order
