@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +26,7 @@ from .launch import Configuration, Tiles, device_scalar, on_device
 
 
 @triton.jit
-def _adam(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2):
+def adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2):
     m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + one_minus_beta2 * g * g
     return w - step_size * m / (tl.sqrt(v) / root_bc2 + eps), m, v
@@ -51,7 +50,7 @@ def _row_kernel(
     g *= tl.load(grad_scale_ptr)
     m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
-    w, m, v = _adam(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
+    w, m, v = adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
     if UNIT:
         square = tl.sum(tl.where(live, w * w, 0.0))
         w /= tl.where(square > 0.0, tl.sqrt(square), 1.0)
@@ -91,7 +90,7 @@ def _wide_row_kernel(
         g = (g - share * w) * grad_scale
         m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
         v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
-        w, m, v = _adam(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
+        w, m, v = adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
         stored = w.to(w_ptr.dtype.element_ty)
         tl.store(w_ptr + at, stored, mask=live)
         tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=live)
@@ -121,7 +120,7 @@ def _flat_kernel(
     g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32) * tl.load(grad_scale_ptr)
     m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
-    w, m, v = _adam(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
+    w, m, v = adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
     tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=live)
     tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=live)
     tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=live)

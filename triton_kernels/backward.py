@@ -64,6 +64,39 @@ def _emit(out_row, part_row, column, live, row, hot, ACCUMULATE: tl.constexpr):
         tl.store(out_row + column, row.to(out_row.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def add_entries(
+    begin, end, w, column, live, scale, e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr, dvalues_ptr, k, d,
+    ENCODER: tl.constexpr, DVALUES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """(dW_dec row, dW_enc row, db) summed over the CSC entries begin .. end of the latent whose decoder row is w."""
+    lane = tl.arange(0, UNROLL)
+    dw_dec = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dw_enc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    db = 0.0
+    for position in range(begin, end, UNROLL):
+        used = position + lane < end
+        entry = tl.load(order_ptr + position + lane, mask=used, other=0)
+        source = (entry // k).to(tl.int64)[:, None] * d + column[None, :]
+        inside = used[:, None] & live[None, :]
+        value = tl.load(values_ptr + entry, mask=used, other=0.0).to(tl.float32)
+        e = tl.load(e_ptr + source, mask=inside, other=0.0).to(tl.float32)
+        dv = tl.sum(e * w[None, :], axis=1) * scale
+        dw_dec += tl.sum((value * scale)[:, None] * e, axis=0)
+        if DVALUES:
+            tl.store(dvalues_ptr + entry, dv.to(dvalues_ptr.dtype.element_ty), mask=used)
+        if ENCODER:
+            dpre = tl.where(value != 0.0, dv, 0.0)
+            x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                # From L1 every time: kept in registers it would cost as many as a gradient row.
+                x -= tl.load(b_dec_ptr + column, mask=live, other=0.0)[None, :]
+            dw_enc += tl.sum(dpre[:, None] * x, axis=0)
+            db += tl.sum(dpre)
+    return dw_dec, dw_enc, db
+
+
 @triton.jit(do_not_specialize=["segments", "segment", "n_latents"])
 def _latent_kernel(
     e_ptr, x_ptr, values_ptr, order_ptr, offsets_ptr, ends_ptr, segment_latent_ptr, w_ptr, b_dec_ptr, scale_ptr,
@@ -83,31 +116,11 @@ def _latent_kernel(
     if active:
         column = tl.arange(0, BLOCK_D)
         live = column < d
-        lane = tl.arange(0, UNROLL)
-        scale = tl.load(scale_ptr)
         w = tl.load(w_ptr + latent * d + column, mask=live, other=0.0).to(tl.float32)
-        dw_dec = tl.zeros([BLOCK_D], dtype=tl.float32)
-        dw_enc = tl.zeros([BLOCK_D], dtype=tl.float32)
-        db = 0.0
-        for position in range(begin, end, UNROLL):
-            used = position + lane < end
-            entry = tl.load(order_ptr + position + lane, mask=used, other=0)
-            source = (entry // k).to(tl.int64)[:, None] * d + column[None, :]
-            inside = used[:, None] & live[None, :]
-            value = tl.load(values_ptr + entry, mask=used, other=0.0).to(tl.float32)
-            e = tl.load(e_ptr + source, mask=inside, other=0.0).to(tl.float32)
-            dv = tl.sum(e * w[None, :], axis=1) * scale
-            dw_dec += tl.sum((value * scale)[:, None] * e, axis=0)
-            if DVALUES:
-                tl.store(dvalues_ptr + entry, dv.to(dvalues_ptr.dtype.element_ty), mask=used)
-            if ENCODER:
-                dpre = tl.where(value != 0.0, dv, 0.0)
-                x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
-                if HAS_BIAS:
-                    # From L1 every time: kept in registers it would cost as many as a gradient row.
-                    x -= tl.load(b_dec_ptr + column, mask=live, other=0.0)[None, :]
-                dw_enc += tl.sum(dpre[:, None] * x, axis=0)
-                db += tl.sum(dpre)
+        dw_dec, dw_enc, db = add_entries(
+            begin, end, w, column, live, tl.load(scale_ptr), e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr,
+            dvalues_ptr, k, d, ENCODER, DVALUES, HAS_BIAS, BLOCK_D, UNROLL,
+        )  # fmt: skip
         part = pid.to(tl.int64) * d
         _emit(dw_dec_ptr + latent * d, part_dec_ptr + part, column, live, dw_dec, hot, ACCUMULATE)
         if ENCODER:
@@ -250,32 +263,57 @@ def _launch_latents(
     b_dec: Tensor | None,
     scale: float | Tensor,
     dvalues: Tensor | None,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    accumulate: bool,
+    hot_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches `_latent_kernel` into gradients = (dW_dec, dW_enc, db_enc); returns the parts of the hot latents' rows."""
+    n_latents, d = W_dec.shape
+    segments = csc.segment_latent.numel()
+    encoder = x is not None
+    part_dec = torch.empty(segments, d, dtype=torch.float32, device=e.device)
+    part_enc = torch.empty(segments if encoder else 0, d, dtype=torch.float32, device=e.device)
+    part_db = torch.empty(segments, 1, dtype=torch.float32, device=e.device)
+    programs = segments if hot_only else segments + n_latents
+    if programs:
+        tiles = latent_tiles(
+            d, ENCODER=encoder, DVALUES=dvalues is not None, HAS_BIAS=b_dec is not None, ACCUMULATE=accumulate
+        )
+        _latent_kernel[(programs,)](
+            e, x, values, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, W_dec, b_dec,
+            device_scalar(scale, e.device), dvalues, *gradients, part_dec, part_enc, part_db,
+            values.shape[1], d, n_latents, segments, csc.segment, **tiles.options(),
+        )  # fmt: skip
+    return part_dec, part_enc, part_db
+
+
+def hot_parts(
+    e: Tensor, x: Tensor, values: Tensor, csc: CSC, W_dec: Tensor, b_dec: Tensor | None, scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts [segments, d], [segments, d], [segments, 1] of dW_dec, dW_enc, db_enc of the hot latents alone."""
+    # Hot programs write parts only; e stands in for the gradients, whose type decides the unused stores' type.
+    return _launch_latents(e, x, values, csc, W_dec, b_dec, scale, None, (e, e, e), accumulate=False, hot_only=True)
+
+
+def _launch_gradients(
+    e: Tensor,
+    x: Tensor | None,
+    values: Tensor,
+    csc: CSC,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    scale: float | Tensor,
+    dvalues: Tensor | None,
     dW_dec: Tensor,
     dW_enc: Tensor | None,
     db_enc: Tensor | None,
     accumulate: bool,
 ) -> None:
-    n_latents, d = W_dec.shape
-    segments = csc.segment_latent.numel()
-    part_dec = torch.empty(segments, d, dtype=torch.float32, device=e.device)
-    part_enc = torch.empty(segments if dW_enc is not None else 0, d, dtype=torch.float32, device=e.device)
-    part_db = torch.empty(segments, 1, dtype=torch.float32, device=e.device)
-    tiles = latent_tiles(
-        d,
-        ENCODER=dW_enc is not None,
-        DVALUES=dvalues is not None,
-        HAS_BIAS=b_dec is not None,
-        ACCUMULATE=accumulate,
-    )
-    _latent_kernel[(segments + n_latents,)](
-        e, x, values, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, W_dec, b_dec,
-        device_scalar(scale, e.device), dvalues, dW_dec, dW_enc, db_enc, part_dec, part_enc, part_db,
-        values.shape[1], d, n_latents, segments, csc.segment, **tiles.options(),
-    )  # fmt: skip
-    _combine(part_dec, dW_dec, csc, accumulate)
-    if dW_enc is not None and db_enc is not None:
-        _combine(part_enc, dW_enc, csc, accumulate)
-        _combine(part_db, db_enc.view(n_latents, 1), csc, accumulate)
+    gradients = (dW_dec, dW_enc, db_enc)
+    parts = _launch_latents(e, x, values, csc, W_dec, b_dec, scale, dvalues, gradients, accumulate)
+    for part, gradient in zip(parts, gradients, strict=True):
+        if gradient is not None:
+            _combine(part, gradient.view(gradient.shape[0], -1), csc, accumulate)
 
 
 def _launch_rows(
@@ -342,7 +380,7 @@ def sparse_decode_backward(
             return dvalues, None
         csc = csc_from_indices(indices, n_latents, segment or segment_length(indices.numel(), d))
         if dvalues is not None and d <= _WIDEST_ROW:
-            _launch_latents(grad, None, values, csc, W_dec, None, 1.0, dvalues, dW_dec, None, None, accumulate=False)
+            _launch_gradients(grad, None, values, csc, W_dec, None, 1.0, dvalues, dW_dec, None, None, accumulate=False)
         else:
             if dvalues is not None:
                 _launch_dvalues(grad, indices, W_dec, 1.0, dvalues)
@@ -408,7 +446,7 @@ def sae_backward(
     with on_device(e):
         csc = csc_from_indices(indices, n_latents, segment or segment_length(indices.numel(), d))
         if d <= _WIDEST_ROW:
-            _launch_latents(e, x, values, csc, W_dec, b_dec, scale, None, dW_dec, dW_enc, db_enc, accumulate)
+            _launch_gradients(e, x, values, csc, W_dec, b_dec, scale, None, dW_dec, dW_enc, db_enc, accumulate)
             return
         dpre = torch.empty(values.shape, dtype=torch.float32, device=e.device)
         _launch_dvalues(e, indices, W_dec, scale, dpre)

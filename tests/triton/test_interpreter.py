@@ -15,7 +15,7 @@ from torch import Tensor
 
 import refusal_kernels as rk
 from refusal_kernels import reference
-from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode
+from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode, sae_adam
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -269,7 +269,7 @@ def code(n: int, n_latents: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Te
     return values.to(dtype), indices.long()
 
 
-SHAPES = [(7, 5, 11, 3, 2), (6, 130, 9, 4, None), (5, 70, 8, 1, 3)]
+SHAPES = [(5, 5, 7, 3, 2), (4, 130, 6, 4, None), (4, 70, 5, 1, 3)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -338,11 +338,10 @@ def test_sae_backward(rim, monkeypatch, dtype, n, d, n_latents, k, segment, wide
     exact, own = [t.double() for t in before], [t.clone() for t in before]
     reference.sae_backward(*double(*inputs), 0.3, *exact)
     reference.sae_backward(*inputs, 0.3, *own)
-    for scale in (0.3, torch.tensor(0.3)):
-        actual = [rim(t) for t in before]
-        backward.sae_backward(*inputs, scale, *actual, segment=segment)
-        for a, b, c in zip(actual, exact, own, strict=True):
-            close(a, b, c, 3)
+    actual = [rim(t) for t in before]
+    backward.sae_backward(*inputs, torch.tensor(0.3), *actual, segment=segment)
+    for a, b, c in zip(actual, exact, own, strict=True):
+        close(a, b, c, 3)
     overwritten = [rim(t) for t in before]
     backward.sae_backward(*inputs, 0.3, *overwritten, accumulate=False, segment=segment)
     exact, own = [torch.zeros_like(t.double()) for t in before], [torch.zeros_like(t) for t in before]
@@ -404,6 +403,56 @@ def test_adam_rows_follows_torch_adam():
         )
         optimizer.step()
     assert torch.allclose(W, parameter, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "d", "n_latents", "k", "segment", "extra", "wide"),
+    [
+        (torch.float32, 5, 7, 9, 3, 2, True, False),
+        (torch.float16, 5, 7, 9, 3, 2, False, False),
+        (torch.float32, 4, 130, 7, 2, None, True, False),
+        (torch.float32, 5, 7, 9, 3, 2, True, True),
+        (torch.float32, 0, 5, 6, 2, None, True, False),
+    ],
+)
+def test_sae_backward_adam_is_backward_then_adam(rim, monkeypatch, dtype, n, d, n_latents, k, segment, extra, wide):
+    if wide:
+        monkeypatch.setattr(sae_adam, "_BLOCKS", ((4, 1, 1),))
+    torch.manual_seed(d + 3)
+    values, indices = code(n, n_latents, k, dtype) if n else (torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
+    e, x, b_dec = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype), torch.randn(d)
+    weights = [torch.randn(n_latents, d).to(dtype), torch.randn(n_latents), torch.randn(n_latents, d).to(dtype)]
+    weights[2][0] = 0
+    moments = [f(*w.shape) for w in weights for f in (torch.randn, torch.rand)]
+    extras = [torch.tensor([n_latents - 1, 2]), torch.randn(2, d), torch.randn(2), torch.randn(2, d)]
+    numbers = (1e-2, 0.9, 0.999, 1e-8, 1 - 0.9**2, 1 - 0.999**2)
+
+    def expected(cast):
+        We, be, Wd = (cast(w) for w in weights)
+        m_We, v_We, m_be, v_be, m_Wd, v_Wd = (cast(m) for m in moments)
+        dWe, dbe, dWd = (torch.zeros_like(m) for m in (m_We, m_be, m_Wd))
+        reference.sae_backward(*(cast(t) for t in (e, x, values)), indices, We, Wd, cast(b_dec), 0.3, dWe, dbe, dWd)
+        if extra:
+            for gradient, rows in zip((dWe, dbe, dWd), extras[1:], strict=True):
+                gradient.index_add_(0, extras[0], rows.to(gradient.dtype))
+        through = dbe @ We.to(dbe.dtype)
+        reference.adam_rows(We, dWe, m_We, v_We, *numbers, None, False, False)
+        reference.adam_rows(be[:, None], dbe[:, None], m_be[:, None], v_be[:, None], *numbers, None, False, False)
+        reference.adam_rows(Wd, dWd, m_Wd, v_Wd, *numbers, None, True, True)
+        return [We, be, Wd, m_We, v_We, m_be, v_be, m_Wd, v_Wd, through]
+
+    results = []
+    for _ in range(2):
+        W_enc, b_enc, W_dec, *states = (rim(t) for t in (*weights, *moments))
+        through = sae_adam.sae_backward_adam(
+            rim(e), rim(x), values, indices, W_enc, b_enc, W_dec, rim(b_dec), 0.3, *states, *numbers, True, True,
+            *(extras if extra else [None] * 4), segment=segment,
+        )  # fmt: skip
+        results.append([W_enc, b_enc, W_dec, *states, through])
+    exact, own = expected(lambda t: t.double()), expected(lambda t: t.clone())
+    for actual, again, wanted, plain in zip(*results, exact, own, strict=True):
+        close(actual, wanted, plain, 3)
+        assert torch.equal(actual, again)
 
 
 # --- through the public operators -------------------------------------------------------------------------------------------
