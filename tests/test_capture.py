@@ -257,6 +257,18 @@ def test_nothing_after_the_deepest_z_runs(model: Any, use_cache: bool | None, gr
     assert not {"model", "model.layers.1", "model.layers.1.self_attn", "model.layers.1.self_attn.o_proj"} & set(ran)
 
 
+def test_run_builds_no_cache_unless_asked(llama: Any) -> None:
+    caches: list[bool] = []
+    handle = llama.model.layers[0].register_forward_pre_hook(
+        lambda _m, _a, kwargs: caches.append(kwargs["past_key_values"] is not None), with_kwargs=True
+    )
+    with capture(llama, [1]) as cap:
+        cap.run(batch())
+        cap.run({**batch(), "use_cache": True})
+    handle.remove()
+    assert caches == [False, True]
+
+
 def test_early_stop_returns_what_a_full_forward_has(model: Any) -> None:
     x = batch()
     with capture(model, [0, 1]) as cap:

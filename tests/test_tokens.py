@@ -506,10 +506,13 @@ def test_bad_rows_are_named(tokenizer: Any) -> None:
         next(TokenStream(["", " "], tokenizer))
 
 
-def test_the_caller_s_tokenizer_is_not_shared_with_the_thread(tokenizer: Any) -> None:
+def test_the_caller_s_tokenizer_is_not_shared_with_the_thread() -> None:
     """Fast tokenizers raise 'Already borrowed' when two threads set truncation or padding; ours works on a copy."""
-    stream = TokenStream(texts(documents(400)), tokenizer, 8, 1, prefetch=2)
+    mine = make_tokenizer()
+    stream = TokenStream(["new w1"] * 400, mine, 3, 1, prefetch=2)
+    mine.add_tokens(["new"])
+    assert mine("new")["input_ids"] == [FIRST + WORDS]
     with stream:
         for i in range(300):
-            next(stream)
-            tokenizer(["w1 w2 w3"] * 4, truncation=True, max_length=1 + i % 3, padding="max_length")
+            assert next(stream)["input_ids"].tolist() == [[PAD, 4, EOS]]  # unknown to the stream's own
+            mine(["w1 w2 w3"] * 4, truncation=True, max_length=1 + i % 3, padding="max_length")
