@@ -29,6 +29,7 @@ DEMO: dict[str, Any] = {
     "lr": 1e-3,
     "dead_after_tokens": 100_000,
     "checkpoint_every": 100,
+    "log_every": 10,
     "eval_tokens": 12_000,
 }
 
@@ -261,15 +262,21 @@ def _run(config: TrainConfig, *, resume: bool, overwrite: bool, progress: bool) 
     from .evaluate import format_table
     from .trainer import DataEnded, TrainingDiverged, TrainingInterrupted
 
+    go_on = shlex.join(["refusal-kernels", "train-sae", "--out", config.out, "--resume"])
+    if not progress:
+        _silence_libraries()
     try:
         result = runs.train_sae(config, resume=resume, overwrite=overwrite, progress=progress, say=typer.echo)
     except TrainingInterrupted as interrupted:
-        command = shlex.join(["refusal-kernels", "train-sae", "--out", config.out, "--resume"])
         typer.echo(
             f"interrupted after step {interrupted.step} of {interrupted.total_steps}, checkpoint saved; "
-            f"go on with: {command}",
+            f"go on with: {go_on}",
             err=True,
         )
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:  # before the first step, or in the evaluation after the last
+        saved = (Path(config.out) / "checkpoints" / "latest").is_file()
+        typer.echo(f"interrupted; go on with: {go_on}" if saved else "interrupted before anything was saved", err=True)
         raise typer.Exit(130) from None
     except (TrainingDiverged, DataEnded) as error:
         raise CommandFailed(str(error)) from error
@@ -285,6 +292,15 @@ def _run(config: TrainConfig, *, resume: bool, overwrite: bool, progress: bool) 
     typer.echo(f"metrics  {result.out / 'metrics.json'}")
     typer.echo(f"plot     {', '.join(str(path) for path in result.plots)}")
     return result
+
+
+def _silence_libraries() -> None:
+    """--quiet means theirs as well: the bars of loading weights and of reading data sets."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def register(app: typer.Typer) -> None:

@@ -241,7 +241,8 @@ class TopKSAE(nn.Module):
         """Writes `sae.safetensors` and `cfg.json` into the folder `path`; each file is replaced in one step.
 
         Tensors: W_enc [F, d_in], b_enc [F], W_dec [F, d_in], b_dec [d_in] in the parameters' dtype, input_scale [] in
-        fp32. Returns the folder.
+        fp32. The names are those of SAELens, the [F, d_in] layout and the file names those of sparsify; neither knows
+        input_scale, so a converter has to fold it: W_enc s, b_dec / s, W_dec / s. Returns the folder.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)

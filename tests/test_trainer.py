@@ -171,6 +171,21 @@ def test_clipping_reaches_the_optimiser(tmp_path: Path) -> None:
     assert moments(1e-3) < 1e-3  # an average of gradients of at most that norm
 
 
+def test_bf16_activations_train_fp32_weights(tmp_path: Path) -> None:
+    class Rounded(Superposition):
+        def __iter__(self) -> Iterator[dict[int, torch.Tensor]]:
+            for batch in super().__iter__():
+                yield {layer: x.bfloat16() for layer, x in batch.items()}
+
+    trainer = train(settings(tmp_path, dtype="bfloat16"), Rounded())
+    for layer, sae in trainer.saes.items():
+        assert all(p.dtype == torch.float32 for p in sae.parameters())
+        state = trainer.optimizers[layer].state[sae.W_enc]
+        assert state["exp_avg"].dtype == torch.float32
+    log = read_train_log(tmp_path / LOG_FILE)
+    assert log[-1]["layer_0/fvu"] < 0.5 * log[0]["layer_0/fvu"]
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
