@@ -32,6 +32,7 @@ _EXPORTS = {
     "TopKSAEConfig": "sae",
     "SAETrainer": "trainer",
     "TrainConfig": "trainer",
+    "train_sae": "runs",
 }
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .capture import Capture
     from .edits import ablate_heads, patch_heads, scale_heads, splice
     from .hooks import AttentionGeometry, attention_geometry
+    from .runs import train_sae
     from .sae import TopKSAE, TopKSAEConfig
     from .tokens import TokenStream
     from .trainer import SAETrainer, TrainConfig
@@ -73,4 +75,5 @@ __all__ = [
     "patch_heads",
     "scale_heads",
     "splice",
+    "train_sae",
 ]
