@@ -146,6 +146,9 @@ def test_a_batch_holds_many_documents_of_two_chunks(model: Any, tokenizer: Any) 
         # Half of a block is new (its own chunk begins at token `begin`), in every batch and not just in sum.
         assert sum(int((numbers < begin).sum()) for numbers in block) == kept
         assert all(8 <= int((numbers < begin).sum()) <= 32 for numbers in block)
+        # The new half is drawn from the whole chunk, so that neighbours end up in different blocks.
+        assert 40 <= sum(int((numbers >= begin + 120).sum()) for numbers in block) <= 80
+        assert max(int(numbers.max()) for numbers in block) > begin + 200
 
 
 def test_the_seed_decides_the_order(model: Any, tokenizer: Any) -> None:
