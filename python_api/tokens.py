@@ -18,7 +18,6 @@ import os
 import queue
 import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -113,19 +112,14 @@ class _Packer:
 
     def batches(self, start: _Cursor) -> Iterator[_Delivery]:
         pieces = self.pieces(start)
-        pending: deque[_Piece] = deque()
-        cursor = start
+        piece = next(pieces, None)
+        cursor = start  # the first token in no row yet
         rows: list[tuple[list[int], list[int]]] = []
         while True:
             ids: list[int] = []
             positions: list[int] = []
-            while len(ids) < self.context_length:
-                if not pending:
-                    piece = next(pieces, None)
-                    if piece is None:
-                        break
-                    pending.append(piece)
-                piece = pending[0]
+            before = cursor
+            while piece is not None and len(ids) < self.context_length:
                 position = 0
                 if not ids and self.bos is not None and piece.ids[piece.used] != self.bos:
                     # A sequence that begins inside a document: models trained with BOS need it at position 0.
@@ -136,13 +130,12 @@ class _Packer:
                 ids += piece.ids[piece.used : piece.used + take]
                 positions += range(position, position + take)
                 piece.used += take
+                cursor = _Cursor(piece.epoch, piece.document, piece.used)
                 if piece.used == len(piece.ids):
-                    pending.popleft()
                     cursor = _Cursor(piece.epoch, piece.document + 1, 0)
+                    piece = next(pieces, None)
                     if self.packing == "padded":
                         break
-                else:
-                    cursor = _Cursor(piece.epoch, piece.document, piece.used)
             if len(ids) == self.context_length or (self.packing == "padded" and ids):
                 rows.append((ids, positions))
                 if len(rows) == self.batch_size:
@@ -151,7 +144,7 @@ class _Packer:
                 continue
             if not self.drop_last:
                 if rows:
-                    yield self._deliver(rows, cursor)
+                    yield self._deliver(rows, before)
                 if ids:  # the last, shorter sequence: a batch of its own, so that nothing is padded
                     yield self._deliver([(ids, positions)], cursor)
             return
