@@ -86,7 +86,7 @@ def check_k_aux(op: str, k_aux: int | None, d: int) -> int:
 
 
 def check_dead(op: str, dead: Tensor, n_latents: int) -> None:
-    """`dead` is an int64 vector of latents; their range is looked at on a CPU only, a GPU would have to be waited for."""
+    """`dead` is an int64 vector of latents; their range is looked at on a CPU only (a GPU would be waited for)."""
     check_tensor(op, "dead", dead, (torch.int64,), min_dim=1)
     if dead.dim() != 1:
         raise ValueError(f"{op}: dead must be a vector [D] of distinct latents; got shape {tuple(dead.shape)}")

@@ -182,8 +182,8 @@ class _Step:
         )
 
     def _total_variance(self) -> Tensor:
-        """sum_n ||x_n - mean||^2. Centred before it is squared, so that a large mean costs no digits; on a CPU in chunks
-        that stay in cache, where one [N, d] temporary would be paid for in page faults at every step."""
+        """sum_n ||x_n - mean||^2. Centred before it is squared, so that a large mean costs no digits; on a CPU in
+        chunks that stay in cache, where one [N, d] temporary would be paid for in page faults at every step."""
         mean = self.x.mean(0, dtype=self.ct)
         rows = 256 if self.x.device.type == "cpu" else max(1, self.x.shape[0])
         return torch.stack([(part - mean).square_().sum() for part in self.x.split(rows)]).sum()
