@@ -204,6 +204,19 @@ def test_installed_wheel_works_from_another_folder(installed: Path, tmp_path: Pa
     assert run(installed, "-c", "import triton_kernels", cwd=tmp_path, ok=False).returncode == 1
 
 
+def test_installed_wheel_trains_an_sae_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    """The whole way through the command: package data, native kernels, evaluation, files."""
+    size = ("--tokens", 2048, "--batch-tokens", 1024, "--eval-tokens", 512, "--k", 8, "--expansion", 2, "--layers", 1)
+    command = installed.parent / "refusal-kernels"
+    result = run(command, "train-sae", "--model", "builtin", "--data", "builtin", *size, "--out", "run", cwd=tmp_path)
+    assert "kernels: cpu" in result.stdout + result.stderr
+    reload = (
+        "from refusal_kernels.python_api import TopKSAE; print(TopKSAE.from_pretrained('run/layer_01').W_dec.shape)"
+    )
+    assert "torch.Size([512, 256])" in run(installed, "-c", reload, cwd=tmp_path).stdout
+    assert (tmp_path / "run/training.png").stat().st_size > 1000
+
+
 def test_extension_uses_the_stable_abi_alone(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_abi_audit", reason="torch-abi-audit needs Python 3.11")
     archive = zipfile.ZipFile(wheel)
