@@ -129,8 +129,6 @@ def token_stream(config: TrainConfig, tokenizer: Any, *, held_out: bool) -> Toke
 def held_out_batches(config: TrainConfig, tokenizer: Any) -> list[dict[str, Tensor]]:
     """Batches of held-out documents with at least `eval_tokens` tokens, fewer when there are no more; possibly none."""
     batches: list[dict[str, Tensor]] = []
-    if config.eval_tokens == 0:
-        return batches
     with token_stream(config, tokenizer, held_out=True) as stream:
         try:
             while stream.tokens_seen < config.eval_tokens:
@@ -165,7 +163,7 @@ def train_sae(
     """
     started = time.perf_counter()
     out = Path(config.out)
-    checkpoint = _claim(out, resume, overwrite)
+    checkpoint = _check_folder(out, resume, overwrite)
     model, tokenizer = load_model(config)
     geometry = attention_geometry(model)
     if config.loss_after is not None and config.loss_after not in tokenizer.get_vocab():
@@ -181,6 +179,8 @@ def train_sae(
     )
     for line in describe_run(config, model, buffer.d_in):
         say(line)
+    if not resume:
+        _clear(out)  # only now: a misspelt model or data set must not cost anyone an earlier run
     names = {id(module): name for name, module in model.named_modules()}
     provenance = {
         layer: {"hook_name": names[id(o_proj_of(model, layer))], "model_name": config.model} for layer in config.layers
@@ -257,8 +257,8 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _claim(out: Path, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh run whose folder holds nothing of another."""
+def _check_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh run; ValueError where the folder does not fit the wish."""
     latest = CheckpointFolder(out / "checkpoints").latest()
     if resume:
         if latest is None:
@@ -266,19 +266,21 @@ def _claim(out: Path, resume: bool, overwrite: bool) -> Path | None:
         return latest
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; choose a folder")
-    earlier = [name for name in ("checkpoints", "config.json", "metrics.json") if (out / name).exists()]
-    if earlier and not overwrite:
+    if not overwrite and any((out / name).exists() for name in ("checkpoints", "config.json", "metrics.json")):
         raise ValueError(
             f"{out} already holds a run; continue it with --resume, throw it away with --overwrite, or choose "
             "another --out"
         )
-    if earlier:
-        for name in ("checkpoints", *(entry.name for entry in out.glob("layer_[0-9]*"))):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("config.json", "metrics.json", LOG_FILE, "training.png", "training.svg"):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def _clear(out: Path) -> None:
+    """Makes the folder and takes away what an earlier run left in it, by name; other files stay."""
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out / "checkpoints", *out.glob("layer_[0-9][0-9]*")):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("config.json", "metrics.json", LOG_FILE, "training.png", "training.svg"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _evaluate(
@@ -292,8 +294,7 @@ def _evaluate(
     batches = held_out_batches(config, tokenizer)
     held_out = bool(batches)
     if not held_out:
-        if config.eval_tokens:
-            say("no document could be held out (too few documents); evaluating on training text")
+        say("no document could be held out (too few documents); evaluating on training text")
         with token_stream(config, tokenizer, held_out=False) as stream:
             batches = [next(stream)]
             while stream.tokens_seen < config.eval_tokens:

@@ -221,7 +221,6 @@ class TopKSAE(nn.Module):
         rows = self.scale_input(self._rows(x))
         n_tokens = max(rows.shape[0], 1)
         values, indices = rk.topk_encode(rows, self.W_enc, self.b_enc, self.config.k, self.b_dec, backend=backend)
-        # b_dec is added here and not in the operator so that the error keeps the compute dtype in bf16 as well.
         error = rk.sparse_decode(values, indices, self.W_dec, self.b_dec, backend=backend) - rows
         squared = error.float().square() if error.dtype != torch.float64 else error.square()
         mse = squared.sum() / n_tokens

@@ -128,7 +128,7 @@ class TrainConfig:
             ("checkpoint_every", 0),
             ("keep_checkpoints", 1),
             ("log_every", 1),
-            ("eval_tokens", 0),
+            ("eval_tokens", 1),
         ):
             self._require(name, getattr(self, name) >= least, f"be at least {least}")
         for name in ("latents", "k_aux", "buffer_tokens"):

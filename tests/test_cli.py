@@ -145,6 +145,10 @@ def test_a_second_run_does_not_overwrite_the_first(run: Run, arguments: list[str
     code, _, err = run(*arguments, "--out", finished)
     assert code == 2
     assert "already holds a run" in err
+    code, _, err = run(*arguments, "--out", finished, "--overwrite", "--model", "/no/such/model")
+    assert code == 2
+    assert (finished / "metrics.json").is_file()  # a misspelt name has not cost the earlier run
+    code, _, err = run(*arguments, "--out", finished)
     assert "--resume" in err
     assert err.count("\n") == 1
     assert (finished / "metrics.json").is_file()
