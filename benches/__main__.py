@@ -72,6 +72,8 @@ def run(
         "settings": [],
         "crossover": [],
     }
+    if (load := result["machine"]["load"]) is not None and load > 0.5:
+        print(f"Other work is running on this machine (load {load}): times will be disturbed.", file=sys.stderr)
     options = ["--device", device, *(["--backend", backend] if backend else [])]
     main_groups = [g for g in wanted if g in GROUPS]
     for malloc in mallocs if main_groups else []:
@@ -108,7 +110,15 @@ def measure(arguments: list[str], malloc: str) -> list[dict[str, Any]]:
                 "--no-header",
                 "--no-summary",
             ),
-            *("-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet", f"--benchmark-json={record}"),
+            *(
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:hypothesispytest",
+                "--benchmark-only",
+                "--benchmark-quiet",
+                f"--benchmark-json={record}",
+            ),
             *arguments,
         ]
         print(f"--- {malloc} malloc settings: {' '.join(arguments)}", flush=True)

@@ -27,6 +27,7 @@ from .torch_paths import SparsePath
 # is of the size of its rounding error change it more.
 TOLERANCE = {"encode": 1e-5, "decode": 1e-5, "backward": 1e-4, "step": 1e-2}
 CALIBRATION_ROUNDS = 2
+HOPELESS = 2.0  # a form this many times slower than another in the warm-up is not tried again
 
 
 @dataclass
@@ -324,15 +325,17 @@ class Case:
         return self._fastest_column(part, columns)
 
     def _fastest_column(self, part: str, columns: dict[str, Column]) -> tuple[str, dict[str, float]]:
-        """The name of the fastest column and the seconds of each, best of CALIBRATION_ROUNDS after a warm-up."""
+        """The name of the fastest column and the seconds of each: best of CALIBRATION_ROUNDS after a warm-up, or the
+        warm-up's where that is hopelessly slow already."""
         if part in self.forms:
             return self.forms[part], {}
-        best = dict.fromkeys(columns, float("inf"))
-        for turn in range(CALIBRATION_ROUNDS + 1):
-            for name, column in columns.items():
-                seconds = timed(column, self.problem.device)
-                if turn:
-                    best[name] = min(best[name], seconds)
+        warm_up = {name: timed(column, self.problem.device) for name, column in columns.items()}
+        hopeless = HOPELESS * min(warm_up.values())
+        best = {name: seconds for name, seconds in warm_up.items() if seconds > hopeless}
+        running = [name for name in columns if name not in best]
+        for _ in range(CALIBRATION_ROUNDS):
+            for name in running:
+                best[name] = min(best.get(name, float("inf")), timed(columns[name], self.problem.device))
         self.forms[part] = min(best, key=lambda name: best[name])
         return self.forms[part], best
 

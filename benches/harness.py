@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from benches.shapes import CROSSOVER_GROUPS, CROSSOVER_SHAPES, GROUPS, SHAPES, S
 # A turn of a fast column is repeated until about this many seconds, at most MAX_REPEATS times.
 TURN_SECONDS = 0.15
 MAX_REPEATS = 10
+LONG_FLOPS = 1e10  # one call of a dense column of this size is a turn on any machine
 FALLBACK_CACHE_BYTES = 64 << 20
 
 # The operator whose back-end a group of ours reports.
@@ -83,7 +85,8 @@ class Bench:
         if stale:
             self._problem = None
             self._forms = {}
-            torch.compiler.reset()
+            if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing was compiled without it
+                torch.compiler.reset()
             self._problem = Problem(shape, str(self.device))
         assert self._problem is not None
         self._case = Case(self._problem, group, self.backend, self._forms)
@@ -93,8 +96,9 @@ class Bench:
         """Verifies a column on its first turn; returns what was found: error, repeats per turn, peak memory."""
         if column.name not in self._facts:
             error = case.verify(column)
-            once = timed(column, self.device)
-            repeats = max(1, min(MAX_REPEATS, int(TURN_SECONDS / max(once, 1e-6))))
+            long = column.dense and model.encode_flops(case.problem.shape) > LONG_FLOPS
+            repeats = 1 if long else int(TURN_SECONDS / timed(column, self.device))
+            repeats = max(1, min(MAX_REPEATS, repeats))
             self._facts[column.name] = {"max_error": error, "repeats": repeats, "peak_bytes": self._peak(case, column)}
         return self._facts[column.name]
 

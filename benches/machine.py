@@ -51,6 +51,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "caches": _caches(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "libc": " ".join(platform.libc_ver()),
     }
     if device != "cpu":

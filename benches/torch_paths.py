@@ -18,7 +18,6 @@ gradients  autograd  what autograd makes of topk and embedding_bag: the encoder'
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -31,8 +30,6 @@ CHUNK_BYTES = 32 << 20
 
 Codes = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-
-warnings.filterwarnings("ignore", message="Sparse (CSR|CSC) tensor support is in beta")
 
 
 # --- dense ---------------------------------------------------------------------------------------------------------
