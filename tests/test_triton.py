@@ -1,4 +1,6 @@
-"""The Triton kernels' value tests, in the separate process that Triton's interpreter needs (see tests/triton/conftest.py)."""
+"""The Triton kernels' value tests, in the separate process that Triton's interpreter needs (see
+tests/triton/conftest.py).
+"""
 
 import importlib.util
 import os

@@ -1,7 +1,9 @@
-"""Every Triton kernel × shipped configuration, compiled ahead of time for sm_80, sm_90 and sm_100: no GPU is needed for that.
+"""Every Triton kernel × shipped configuration, compiled ahead of time for sm_80, sm_90 and sm_100: no GPU is needed
+for that.
 
-What is asserted: it compiles, no stack bytes (a spill or an indexed local array), shared memory within the architecture's limit,
-the architecture's own matrix instruction where a GEMM runs on tensor cores, and 16-byte reads in the kernels that gather rows.
+What is asserted: it compiles, no stack bytes (a spill or an indexed local array), shared memory within the
+architecture's limit, the architecture's own matrix instruction where a GEMM runs on tensor cores, and 16-byte reads
+in the kernels that gather rows.
 """
 
 import concurrent.futures
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)"
+)
 
 CAPABILITIES = (80, 90, 100)
-WORKERS = 2
+WORKERS = max(2, min(8, os.cpu_count() or 2))
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +45,21 @@ def compiled(tmp_path_factory):
 
 
 def test_every_configuration_of_every_kernel_was_compiled(compiled):
-    from refusal_kernels.triton_kernels import adam, backward, decode, encode, registry
+    from refusal_kernels.triton_kernels import adam, backward, decode, encode, registry, sae_adam
 
     labels = [configuration.label for configuration in registry.configurations()]
     assert len(set(labels)) == len(labels)
-    assert sorted((k["label"], k["capability"]) for k in compiled) == sorted((n, c) for n in labels for c in CAPABILITIES)
-    # Every @triton.jit kernel of the package is in the registry: one without a configuration would never be compiled here.
+    assert sorted((k["label"], k["capability"]) for k in compiled) == sorted(
+        (n, c) for n in labels for c in CAPABILITIES
+    )
+    # Every kernel of the package is in the registry: one without a configuration would never be compiled here.
     registered = {configuration.kernel.__name__ for configuration in registry.configurations()}
-    written = {name for module in (encode, decode, backward, adam) for name in vars(module) if name.endswith("_kernel")}
+    written = {
+        name
+        for module in (encode, decode, backward, adam, sae_adam)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
     assert registered == written
 
 

@@ -6,12 +6,14 @@
     w  = w - lr / bc1 * m / (sqrt(v / bc2) + eps)          torch.optim.Adam; bc_i = 1 - beta_i^step
     w  = w / ||w||                                         (unit_norm)
 
-A row of zero norm is left as it is by the removal and by the renormalisation. One program owns a row and keeps it in registers
-(d <= 8192), so that both reductions cost no second read; wider rows are swept again, from L2. Without the two row operations
-rows do not matter and the tensor is one flat vector. In place; every element is written by one program: deterministic.
+A row of zero norm is left as it is by the removal and by the renormalisation. One program owns a row and keeps it in
+registers (d <= 8192), so that both reductions cost no second read; wider rows are swept again, from L2. Without the
+two row operations rows do not matter and the tensor is one flat vector. In place; every element is written by one
+program: deterministic.
 
-Bytes (fp32 parameters and states): 16 read + 12 written per parameter; about 20 flop. Roofline prediction (one matrix,
-F 131072, d 4096: 15 GB, H200): 3.5 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+Bytes (fp32 parameters and states): 16 read + 12 written per parameter; about 20 flop. Roofline prediction (one
+matrix, F 131072, d 4096: 15 GB, H200): 3.5 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on
+a GPU.
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ def adam_rows(
 
     `grad_scale` is a float, a 0-dim tensor on the device (no synchronisation) or None for 1.
 
-    Equivalent to: torch.optim.Adam's step on W with gradient grad_scale * (g - <g, w> w / ||w||^2), then w / ||w|| per row.
+    Equivalent to: torch.optim.Adam's step with gradient grad_scale * (g - <g, w> w / ||w||^2) per row, then w / ||w||.
     """
     if W.numel() == 0:
         return

@@ -2,8 +2,8 @@
 
     python -m refusal_kernels.triton_kernels.aot --capability 90 [--match decode] [--part 0/2]
 
-prints one JSON object per kernel: registers per thread, stack bytes (anything but 0 is a spill or a local array), shared memory,
-the matrix instruction in use, and whether global memory is read 16 bytes at a time.
+prints one JSON object per kernel: registers per thread, stack bytes (anything but 0 is a spill or a local array),
+shared memory, the matrix instruction in use, and whether global memory is read 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from .launch import Configuration
 from .registry import configurations
 
-# The most shared memory a program may ask for, in bytes (CUDA C programming guide, technical specifications per capability).
+# The most shared memory a program may ask for, in bytes (CUDA C programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 

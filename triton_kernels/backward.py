@@ -1,21 +1,25 @@
-"""The backward passes, latent-major: whoever owns a latent adds up its gradient rows alone, in a fixed order, without atomics.
+"""The backward passes, latent-major: whoever owns a latent adds up its gradient rows alone, in a fixed order, without
+atomics.
 
     dv_nj     = <g_n, W_dec[i_nj]>                        g = scale * e, or the incoming gradient
     dpre_nj   = dv_nj where values_nj != 0, else 0
     dW_dec[f] = sum over entries (n, j) with i_nj = f of  values_nj g_n
     dW_enc[f] = sum of dpre_nj (x_n - b_dec),    db_enc[f] = sum of dpre_nj
 
-Entries come from a stable CSC of the indices (csc.py), so a latent's tokens are added in ascending order, the same bits every
-time. `_latent_kernel` keeps the latent's decoder row and its gradient rows in registers and reads each of e_n and x_n once for
-all three results; the [N, k, d] products that a scatter would need never exist. It holds one whole row, d <= 8192. Wider rows,
-and gradients whose coefficients are already known, go through `_dvalues_kernel` (token-major) and `_rows_kernel`, which cut d.
+Entries come from a stable CSC of the indices (csc.py), so a latent's tokens are added in ascending order, the same
+bits every time. `_latent_kernel` keeps the latent's decoder row and its gradient rows in registers and reads each of
+e_n and x_n once for all three results; the [N, k, d] products that a scatter would need never exist. It holds one
+whole row, d <= 8192. Wider rows, and gradients whose coefficients are already known, go through `_dvalues_kernel`
+(token-major) and `_rows_kernel`, which cut d.
 
-A hot latent (more than `segment` entries) is worked on by several programs. Each writes its partial row to a workspace and
-`_combine_kernel` adds the parts in order. Programs of hot segments come first in the grid, so the longest work starts first.
+A hot latent (more than `segment` entries) is worked on by several programs. Each writes its partial row to a
+workspace and `_combine_kernel` adds the parts in order. Programs of hot segments come first in the grid, so the
+longest work starts first.
 
-Bytes (sae_backward): N k 2 d times the element size gathered + W_dec once + the gradients 2 F d 4 (written, or read and
-written when accumulating); 6 N k d flop. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): 34.4 GB gathered at
-60 % from HBM + 4.3 GB, 7 to 8 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+Bytes (sae_backward): N k 2 d times the element size gathered + W_dec once + the gradients 2 F d 4 (written, or read
+and written when accumulating); 6 N k d flop. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): 34.4
+GB gathered at 60 % from HBM + 4.3 GB, 7 to 8 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run
+on a GPU.
 """
 
 from __future__ import annotations
@@ -108,9 +112,7 @@ def _latent_kernel(
     """One program = one latent, or one segment of a hot one: dv, dW_dec and (ENCODER) dW_enc, db of its entries."""
     pid = tl.program_id(0)
     hot = pid < segments
-    latent, begin, end, active = _work_of(
-        pid, offsets_ptr, ends_ptr, segment_latent_ptr, n_latents, segments, segment
-    )
+    latent, begin, end, active = _work_of(pid, offsets_ptr, ends_ptr, segment_latent_ptr, n_latents, segments, segment)
     if ACCUMULATE:
         active = active & (begin < end)
     if active:
@@ -139,9 +141,7 @@ def _rows_kernel(
     """out[f] = scale * sum of c_nj (rows_n - b_dec) in BLOCK_D columns, and (SUM) db[f] = scale * sum of c_nj."""
     pid = tl.program_id(0)
     hot = pid < segments
-    latent, begin, end, active = _work_of(
-        pid, offsets_ptr, ends_ptr, segment_latent_ptr, n_latents, segments, segment
-    )
+    latent, begin, end, active = _work_of(pid, offsets_ptr, ends_ptr, segment_latent_ptr, n_latents, segments, segment)
     if ACCUMULATE:
         active = active & (begin < end)
     if active:
@@ -216,7 +216,7 @@ def _dvalues_kernel(
 
 
 # (BLOCK_D, UNROLL, warps): a thread holds 4 to 16 elements of every row.
-_LATENT_BLOCKS = ((128, 4, 1), (512, 4, 2), (1024, 2, 2), (2048, 2, 4), (4096, 2, 8), (8192, 1, 16))
+_LATENT_BLOCKS = ((128, 4, 1), (512, 2, 2), (1024, 2, 2), (2048, 2, 4), (4096, 2, 8), (8192, 1, 16))
 _ROWS_BLOCKS = ((128, 8, 1), (512, 8, 2), (1024, 4, 4))
 _DVALUES = Tiles({"UNROLL": 8, "BLOCK_D": 512}, num_warps=4)
 _COMBINE_BLOCK, _COMBINE_WARPS = 512, 4
@@ -267,7 +267,7 @@ def _launch_latents(
     accumulate: bool,
     hot_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches `_latent_kernel` into gradients = (dW_dec, dW_enc, db_enc); returns the parts of the hot latents' rows."""
+    """Launches `_latent_kernel` into (dW_dec, dW_enc, db_enc); returns the parts of the hot latents' rows."""
     n_latents, d = W_dec.shape
     segments = csc.segment_latent.numel()
     encoder = x is not None
@@ -331,9 +331,7 @@ def _launch_rows(
     segments = csc.segment_latent.numel()
     part = torch.empty(segments if out is not None else 0, d, dtype=torch.float32, device=coefficients.device)
     part_db = torch.empty(segments, 1, dtype=torch.float32, device=coefficients.device)
-    tiles = rows_tiles(
-        d, ROWS=out is not None, HAS_BIAS=b_dec is not None, SUM=db is not None, ACCUMULATE=accumulate
-    )
+    tiles = rows_tiles(d, ROWS=out is not None, HAS_BIAS=b_dec is not None, SUM=db is not None, ACCUMULATE=accumulate)
     _rows_kernel[(segments + n_latents, triton.cdiv(d, tiles.constexprs["BLOCK_D"]))](
         rows, coefficients, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, b_dec,
         device_scalar(scale, coefficients.device), out, db, part, part_db,

@@ -3,15 +3,16 @@
     order [N k]      entry numbers n k + j, sorted by latent, ascending within a latent
     offsets [F + 1]  order[offsets[f] : offsets[f + 1]] are the entries of latent f
 
-A stable sort is what makes every gradient reproducible: the order in which a latent's tokens are added is fixed, so no atomics
-and no run-to-run differences. Nothing here waits for the device: all sizes follow from N, k and F alone.
+A stable sort is what makes every gradient reproducible: the order in which a latent's tokens are added is fixed, so
+no atomics and no run-to-run differences. Nothing here waits for the device: all sizes follow from N, k and F alone.
 
-A latent with more than `segment` entries ("hot") is split, so that the hottest one does not decide the time of the whole
-kernel. The number of its segments is known on the device only, therefore a fixed number of segment programs is launched,
-`max_segments` = floor(2 N k / segment), which bounds it: sum of ceil(c / s) over counts c > s is below sum of 2 c / s.
+A latent with more than `segment` entries ("hot") is split, so that the hottest one does not decide the time of the
+whole kernel. The number of its segments is known on the device only, therefore a fixed number of segment programs is
+launched, `max_segments` = floor(2 N k / segment), which bounds it: sum of ceil(c / s) over counts c > s is below sum
+of 2 c / s.
 
-Bytes: N k (4 + 8) read and written about 4 times by the radix sort, + F 8. Roofline prediction (2.1 M entries, H200): 0.2 ms.
-Not yet run on a GPU.
+Bytes: N k (4 + 8) read and written about 4 times by the radix sort, + F 8. Roofline prediction (2.1 M entries, H200):
+0.2 ms. Not yet run on a GPU.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""sparse_decode and decode_residual: the weighted sum of k rows of W_dec per token, with bias, residual and loss in the pass.
+"""sparse_decode and decode_residual: the weighted sum of k rows of W_dec per token, with bias, residual and loss in
+the pass.
 
     x_hat_n = sum_j values_nj W_dec[indices_nj] + b_dec
     e_n = x_hat_n - x_n,  sq_n = ||e_n||^2                (decode_residual)
 
-One program computes BLOCK_D columns of one token: UNROLL rows of W_dec are in flight at once, each slot keeps its own fp32 sum,
-and the slots are added at the end, in a fixed order. The token is the fast grid axis and the block of columns the slow one, so
-that while a slice of W_dec is in use (F x BLOCK_D elements) it can stay in L2. The residual goes to memory once and x_hat not
-at all; the squared norm of each slice is stored apart and the slices are added in order: deterministic, no atomics.
+One program computes BLOCK_D columns of one token: UNROLL rows of W_dec are in flight at once, each slot keeps its own
+fp32 sum, and the slots are added at the end, in a fixed order. The token is the fast grid axis and the block of
+columns the slow one, so that while a slice of W_dec is in use (F x BLOCK_D elements) it can stay in L2. The residual
+goes to memory once and x_hat not at all; the squared norm of each slice is stored apart and the slices are added in
+order: deterministic, no atomics.
 
-Bytes: N k d gathered from W_dec + N d read (x) + N d written, times the element size; 2 N k d flop (0.5 to 1 flop per byte).
-Roofline prediction (N 32768, d 4096, k 64, bf16, H200): 17.2 GB + 0.5 GB, 3.3 to 4.0 ms, depending on how much L2 absorbs.
-Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+Bytes: N k d gathered from W_dec + N d read (x) + N d written, times the element size; 2 N k d flop (0.5 to 1 flop per
+byte). Roofline prediction (N 32768, d 4096, k 64, bf16, H200): 17.2 GB + 0.5 GB, 3.3 to 4.0 ms, depending on how much
+L2 absorbs. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -41,9 +43,7 @@ def _decode_kernel(
         used = start + slot < k
         latent = tl.load(indices_ptr + start + slot, mask=used, other=0).to(tl.int64)
         value = tl.load(values_ptr + start + slot, mask=used, other=0.0).to(tl.float32)
-        rows = tl.load(
-            w_ptr + latent[:, None] * d + column[None, :], mask=used[:, None] & live[None, :], other=0.0
-        )
+        rows = tl.load(w_ptr + latent[:, None] * d + column[None, :], mask=used[:, None] & live[None, :], other=0.0)
         sums += value[:, None] * rows.to(tl.float32)
     total = tl.sum(sums, axis=0)
     if HAS_BIAS:
@@ -71,7 +71,9 @@ def decode_tiles(d: int, has_bias: bool, residual: bool) -> Tiles:
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x_hat [N, d] in W_dec's dtype. values [N, k]; indices [N, k] int32 or int64 in [0, F); W_dec [F, d]; b_dec [d] fp32.
+    """x_hat [N, d] in W_dec's dtype.
+
+    values [N, k]; indices [N, k] int32 or int64 in [0, F); W_dec [F, d]; b_dec [d] fp32 or None.
 
     Equivalent to: (values[..., None] * W_dec[indices]).sum(1) + b_dec, accumulated in fp32.
     """
@@ -91,7 +93,7 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 def decode_residual(
     x: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """e [N, d] = x_hat - x in x's dtype and ||e_n||^2 [N] fp32 (of e before it is rounded), in one pass over W_dec's rows.
+    """e [N, d] = x_hat - x in x's dtype and ||e_n||^2 [N] fp32 (of e before it is rounded), in one pass.
 
     Equivalent to: e = sparse_decode(values, indices, W_dec, b_dec) - x; (e, e.square().sum(1)), accumulated in fp32.
     """
@@ -108,7 +110,7 @@ def decode_residual(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every kernel of this file as it ships: all widths with residual and bias, and the three other forms at one width."""
+    """Every kernel of this file as it ships: all widths with residual and bias, the three other forms at one width."""
     forms = [(block, True, True) for block in _BLOCKS]
     forms += [(_BLOCKS[-1], *flags) for flags in ((True, False), (False, True), (False, False))]
     for name in ("bf16", "fp32"):

@@ -3,25 +3,30 @@
     pre = (x - b_dec) W_enc^T + b_enc       accumulated in fp32
     values, indices = the first k of a stable descending sort of relu(pre)
 
-How. Rows are taken in blocks of R and latents in chunks of C, so that a chunk of pre-activations, [R, C] fp32, stays in the
-L2 cache. Each chunk is one GEMM into a reused buffer and one filter pass over it:
+How. Rows are taken in blocks of R and latents in chunks of C, so that a chunk of pre-activations, [R, C] fp32, stays
+in the L2 cache. Each chunk is one GEMM into a reused buffer and one filter pass over it:
 
-* A row keeps a candidate list of at most CAPACITY keys (pre-activation bits << 32 | 0x7fffffff - latent) and a limit: the
-  pre-activation of the k-th best latent so far. Chunks come in ascending order of the latent, so a later latent enters only by
-  being strictly greater than the limit: an equal one would lose the tie. Nothing else of the chunk is written anywhere.
-* When the list is about to overflow, the same program reduces it to its k best (bitonic top-k over the 64-bit keys, which are
-  all different) and raises the limit. On data in random order that happens about log(F / CAPACITY) / log(CAPACITY / k) times
-  per row, the "geometric phases" of a threshold filter; on rows sorted in ascending order it happens every CAPACITY - k
-  latents. So overflow is no special case: there is no flag, no host synchronisation and no second code path, only more work.
-* The limit starts below zero and zeros are candidates too, hence rows with fewer than k positives end with zeros at the
-  lowest unused latents. NaN takes the largest key and so ranks first.
+* A row keeps a candidate list of at most CAPACITY keys (pre-activation bits << 32 | 0x7fffffff - latent) and a
+  limit: the pre-activation of the k-th best latent so far. Chunks come in ascending order of the latent, so a later
+  latent enters only by being strictly greater than the limit: an equal one would lose the tie. Nothing else of the
+  chunk is written anywhere.
+* When the list is about to overflow, the same program reduces it to its k best (bitonic top-k over the 64-bit keys,
+  which are all different) and raises the limit. On data in random order that happens about log(F / CAPACITY) /
+  log(CAPACITY / k) times per row, the "geometric phases" of a threshold filter; on rows sorted in ascending order
+  it happens every CAPACITY - k latents. So overflow is no special case: there is no flag, no host synchronisation
+  and no second code path, only more work.
+* The limit starts below zero and zeros are candidates too, hence rows with fewer than k positives end with zeros at
+  the lowest unused latents. NaN takes the largest key and so ranks first.
 
-k > 1024 does not fit a list in registers: there, chunks are merged by `torch.topk` over the 64-bit keys (slower, equally exact).
+k > 1024 does not fit a list in registers: there, chunks are merged by `torch.topk` over the 64-bit keys (slower,
+equally exact).
 
-Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16 out.
-Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection about 1 ms.
-Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
-Workspace: R C 4 bytes + R CAPACITY 8 bytes (at most about 40 MB), independent of N and F; + F 4 bytes of folded bias.
+Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16
+out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection
+about 1 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+
+Workspace, whatever N and F: R C 4 bytes (half of the L2) + R CAPACITY 8 bytes (R <= 2048: at most 4 MB for k <= 64, 32
+MB for k <= 1024), in fp32 with b_dec + R d 4 of centred rows; and, in 16 bit with b_dec, F 4 bytes of folded bias.
 """
 
 from __future__ import annotations
@@ -175,8 +180,8 @@ def _unpack_kernel(keys_ptr, values_ptr, indices_ptr, k, width, BLOCK: tl.conste
     tl.store(indices_ptr + row * k + rank, 0x7FFFFFFF - (key & 0x7FFFFFFF), mask=rank < k)
 
 
-# (largest k, list capacity, append step, warps). capacity - step >= k, or an append could overflow right after a reduction.
-# The list is short on purpose: one reduction of 512 keys is 1.3 k instructions per warp, one of 2048 keys is 3.7 k.
+# (largest k, list capacity, append step, warps). capacity - step >= k, or an append could overflow after a reduction.
+# Lists are short on purpose: bitonic top-k of C keys costs C log(C)^2, so several short reductions beat one long one.
 _LISTS = ((64, 256, 128, 4), (256, 512, 256, 4), (1024, 2048, 1024, 8))
 _SCAN = 1024  # columns judged by one maximum
 _BIAS = Tiles({"BLOCK_F": 16, "BLOCK_D": 256}, num_warps=4)
@@ -194,7 +199,7 @@ def list_tiles(k: int) -> Tiles | None:
 
 
 def gemm_tiles(dtype: torch.dtype) -> Tiles:
-    # fp32 "ieee" runs on FMA units, where 64 x 64 is what registers hold. 16 bit: 128 x 256 tiles, or 4 warps, spill on sm_100.
+    # fp32 "ieee" runs on FMA units, where 64 x 64 is what registers hold. 16 bit: 128 x 256 tiles spill on sm_100.
     if dtype == torch.float32:
         return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=3)
     return Tiles({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=3)

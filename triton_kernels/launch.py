@@ -1,4 +1,6 @@
-"""What every launcher shares: the device guard, the explicit compiler options, and the record of a shipped configuration."""
+"""What every launcher shares: the device guard, the explicit compiler options, and the record of a shipped
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Contraction of a*b+c into one FMA is stated, not inherited: Triton changes its default between releases, and a result must
-# not change bits with the release.
+# Contraction of a*b+c into one FMA is stated, not inherited: Triton changes its default between releases, and a
+# result must not change bits with the release.
 FP_FUSION = True
 
 
@@ -25,7 +27,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def device_scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """A scalar argument as an fp32 tensor: it may already live on the device, and reading it back would wait for the GPU."""
+    """A scalar argument as an fp32 tensor: it may live on the device, and reading it back would wait for the GPU."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=torch.float32).reshape(())
     return torch.full((), value, dtype=torch.float32, device=device)

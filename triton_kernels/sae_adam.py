@@ -2,20 +2,21 @@
 
 Per latent f, with g_n = scale e_n and its entries (n, j) in ascending order of the token (csc.py):
 
-    dW_dec[f] = sum of values_nj g_n,  dW_enc[f] = sum of dpre_nj (x_n - b_dec),  db_enc[f] = sum of dpre_nj     (backward.py)
+    dW_dec[f] = sum of values_nj g_n,  dW_enc[f] = sum of dpre_nj (x_n - b_dec),  db_enc[f] = sum of dpre_nj
     + the rows of AuxK where f is one of extra_rows
-    dW_dec[f] -= <dW_dec[f], w> w / ||w||^2                (remove_parallel), then Adam, then w / ||w|| (unit_norm)   (adam.py)
+    dW_dec[f] -= <dW_dec[f], w> w / ||w||^2  (remove_parallel), then Adam, then w / ||w||  (unit_norm)
     Adam on W_enc[f] and b_enc[f];  through += db_enc[f] W_enc[f]  (the weights before the step)
 
-and sum_f db_enc[f] W_enc[f] [d], what b_dec's gradient needs of the encoder, is returned. One program takes every P-th latent:
-it keeps the latent's rows in registers while it adds, updates and stores them, and its own share of the returned sum, so that
-this is a sum of P rows in a fixed order. Latents without entries take their momentum step like all others (dense Adam). The
-segments of hot latents are added up before, by backward.py's kernel. Deterministic, no atomics, no synchronisation.
+and sum_f db_enc[f] W_enc[f] [d], what b_dec's gradient needs of the encoder, is returned. One program takes every
+P-th latent: it keeps the latent's rows in registers while it adds, updates and stores them, and its own share of the
+returned sum, so that this is a sum of P rows in a fixed order. Latents without entries take their momentum step like
+all others (dense Adam). The segments of hot latents are added up before, by backward.py's kernel. Deterministic, no
+atomics, no synchronisation.
 
-Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d 48.
-Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16 activations, H200): 7 ms of gathers + 6.5 ms of Adam.
-Rows wider than 4096 go through gradient buffers and adam_rows. Compiled for sm_80/90/100, checked in the interpreter, not yet
-run on a GPU.
+Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d
+48. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16 activations, H200): 7 ms of gathers + 6.5 ms of Adam.
+Rows wider than 4096 go through gradient buffers and adam_rows. Compiled for sm_80/90/100, checked in the interpreter,
+not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _step_kernel(
     live = column < d
     scale = tl.load(scale_ptr)
     through = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for turn in range(0, tl.cdiv(n_latents - pid, programs)):
+    for turn in range(tl.cdiv(n_latents - pid, programs)):
         latent = (pid + turn * programs).to(tl.int64)
         at = latent * d + column
         begin = tl.load(offsets_ptr + latent)
@@ -77,9 +78,7 @@ def _step_kernel(
             dw_dec -= tl.where(square > 0.0, tl.sum(dw_dec * w) / tl.where(square > 0.0, square, 1.0), 0.0) * w
         m = tl.load(m_dec_ptr + at, mask=live, other=0.0).to(tl.float32)
         v = tl.load(v_dec_ptr + at, mask=live, other=0.0).to(tl.float32)
-        w, m, v = adam_update(
-            w, dw_dec, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2
-        )
+        w, m, v = adam_update(w, dw_dec, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
         if UNIT:
             square = tl.sum(tl.where(live, w * w, 0.0))
             w /= tl.where(square > 0.0, tl.sqrt(square), 1.0)
@@ -91,9 +90,7 @@ def _step_kernel(
         through += db * w
         m = tl.load(m_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
         v = tl.load(v_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
-        w, m, v = adam_update(
-            w, dw_enc, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2
-        )
+        w, m, v = adam_update(w, dw_enc, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
         tl.store(w_enc_ptr + at, w.to(w_enc_ptr.dtype.element_ty), mask=live)
         tl.store(m_enc_ptr + at, m.to(m_enc_ptr.dtype.element_ty), mask=live)
         tl.store(v_enc_ptr + at, v.to(v_enc_ptr.dtype.element_ty), mask=live)
@@ -151,10 +148,10 @@ def sae_backward_adam(
     *,
     segment: int | None = None,
 ) -> Tensor:
-    """One Adam step of W_enc, W_dec [F, d], b_enc [F] (fp32) in place; returns db_enc @ W_enc [d] fp32, W_enc before the step.
+    """One Adam step of W_enc, W_dec [F, d], b_enc [F] in place; returns db_enc @ W_enc [d] fp32, W_enc before the step.
 
-    e = x_hat - x and x [N, d]; values, indices [N, k]; m_*, v_* the states; `extra_rows` [D] int64 distinct latents whose
-    gradients extra_dW_enc [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added (all None: none).
+    e = x_hat - x and x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. `extra_rows` [D] int64
+    are distinct latents to which extra_dW_enc [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added (all None: none).
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
@@ -203,7 +200,15 @@ def sae_backward_adam(
 def configurations() -> Iterator[Configuration]:
     """The kernel at every width, for bf16 activations and weights with fp32 states, and for fp32 throughout."""
     states = ("m_enc_ptr", "v_enc_ptr", "b_enc_ptr", "m_b_ptr", "v_b_ptr", "m_dec_ptr", "v_dec_ptr")
-    fp32 = ("part_dec_ptr", "part_enc_ptr", "part_db_ptr", "extra_enc_ptr", "extra_db_ptr", "extra_dec_ptr", "through_ptr")
+    fp32 = (
+        "part_dec_ptr",
+        "part_enc_ptr",
+        "part_db_ptr",
+        "extra_enc_ptr",
+        "extra_db_ptr",
+        "extra_dec_ptr",
+        "through_ptr",
+    )
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
     for name in ("bf16", "fp32"):
         for block in _BLOCKS:

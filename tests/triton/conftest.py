@@ -1,6 +1,8 @@
-"""These tests run Triton's interpreter, which must be chosen before any kernel is decorated: they need a process of their own.
+"""These tests run Triton's interpreter, which must be chosen before any kernel is decorated: they need a process of
+their own.
 
-tests/test_triton.py starts it; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton. A plain pytest run collects none.
+tests/test_triton.py starts it; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton. A plain pytest run collects
+none.
 """
 
 import os

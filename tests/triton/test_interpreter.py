@@ -1,8 +1,10 @@
-"""Every Triton primitive against the fp64 reference, in the interpreter: fp32 and fp16, shapes that are multiples of nothing.
+"""Every Triton primitive against the fp64 reference, in the interpreter: fp32 and fp16, shapes that are multiples of
+nothing.
 
-Inputs and in-place outputs sit inside larger NaN-filled buffers, so that reading or writing outside a tensor shows; `empty`
-tensors are filled with NaN. Tolerance: twice PyTorch's own error in the same dtype (three times for gradients) plus one rounding
-of the result; where mathematics is exact (indices, ties, determinism, permutations) equality.
+Inputs and in-place outputs sit inside larger NaN-filled buffers, so that reading or writing outside a tensor shows;
+`empty` tensors are filled with NaN. Tolerance: twice PyTorch's own error in the same dtype (three times for
+gradients) plus one rounding of the result; where mathematics is exact (indices, ties, determinism, permutations)
+equality.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def integers(*shape: int, low: int = -2, high: int = 3, dtype: torch.dtype = tor
     return torch.randint(low, high, shape).to(dtype)
 
 
-# --- topk_encode ------------------------------------------------------------------------------------------------------------
+# --- topk_encode ----------------------------------------------------------------------------------------------------
 
 
 def check_encode(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None, chunk: tuple[int, int] | None) -> None:
@@ -118,7 +120,7 @@ def test_encode_with_ties(short_lists, rim, dtype, n, d, n_latents, k, chunk):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_encode_of_sorted_rows_overflows_its_list_and_stays_exact(short_lists, dtype):
-    # x = 1, ascending: every latent beats all before it, so 70 latents pass through a list of 16. x = -1: none after the first.
+    # x = 1, ascending: every latent beats all before it, so 70 latents pass through a list of 16. x = -1: descending.
     x = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
     check_encode(x, torch.arange(70.0)[:, None].to(dtype), torch.full((70,), 35.0), 4, None, (3, 48))
 
@@ -203,11 +205,13 @@ def test_work_buffer_does_not_grow_with_the_problem():
         assert rows * columns * 4 + rows * route * 8 <= 64 << 20
 
 
-# --- decode -----------------------------------------------------------------------------------------------------------------
+# --- decode ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(4, 5, 9, 1), (3, 130, 20, 9), (2, 1030, 40, 17), (2, 64, 6, 6)])
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k"), [(4, 5, 9, 1), (3, 130, 20, 9), (2, 1030, 40, 17), (2, 64, 6, 6)]
+)
 def test_decode(rim, dtype, n, d, n_latents, k):
     torch.manual_seed(d)
     values = rim(torch.randn(n, k).to(dtype))
@@ -247,7 +251,7 @@ def test_empty_batches():
     assert all((t == 1).all() for t in buffers)
 
 
-# --- backward ---------------------------------------------------------------------------------------------------------------
+# --- backward -------------------------------------------------------------------------------------------------------
 
 
 def test_csc_is_the_stable_transpose():
@@ -263,7 +267,9 @@ def test_csc_is_the_stable_transpose():
 def code(n: int, n_latents: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values with zeros and distinct indices, of which latent 1 is in every row (hot) and the last latent in none."""
     indices = torch.stack([torch.randperm(n_latents - 1)[:k] for _ in range(n)])
-    indices = torch.where((indices == 1).any(1, keepdim=True), indices, torch.cat([torch.ones(n, 1), indices[:, 1:]], 1))
+    indices = torch.where(
+        (indices == 1).any(1, keepdim=True), indices, torch.cat([torch.ones(n, 1), indices[:, 1:]], 1)
+    )
     values = torch.rand(n, k)
     values[::2, -1] = 0
     return values.to(dtype), indices.long()
@@ -362,7 +368,7 @@ def test_segments_cover_the_workspace_bound():
         assert 2 * entries // segment * 2 * d * 4 <= backward._PARTIAL_BYTES
 
 
-# --- adam -------------------------------------------------------------------------------------------------------------------
+# --- adam -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -455,7 +461,7 @@ def test_sae_backward_adam_is_backward_then_adam(rim, monkeypatch, dtype, n, d, 
         assert torch.equal(actual, again)
 
 
-# --- through the public operators -------------------------------------------------------------------------------------------
+# --- through the public operators -----------------------------------------------------------------------------------
 
 
 def test_public_operators_run_on_triton_and_differentiate(short_lists):
