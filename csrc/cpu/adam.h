@@ -73,8 +73,33 @@ void adam_row(
   }
 }
 
-template <class T>
-void adam_rows(const AdamRowsArgs<T>& a, const Threads& threads) {
+// The same for a row and state stored in R: a 16-bit row is updated and normalised in fp32 and rounded once.
+template <class R>
+void adam_stored_row(
+    const AdamScalars<Compute<R>>& s, R* w, const Compute<R>* g, R* m, R* v, int64_t d, Compute<R> grad_scale,
+    bool remove_parallel, bool unit_norm) {
+  using T = Compute<R>;
+  if constexpr (std::is_same_v<R, T>) {
+    adam_row(s, w, g, m, v, d, grad_scale, remove_parallel, unit_norm);
+  } else {
+    T* wide = scratch<T>(Slot::kWide, 3 * d);
+    R* const stored[] = {w, m, v};
+    for (int i = 0; i < 3; ++i) {
+      for (int64_t c = 0; c < d; ++c) {
+        wide[i * d + c] = widen(stored[i][c]);
+      }
+    }
+    adam_row<T>(s, wide, g, wide + d, wide + 2 * d, d, grad_scale, remove_parallel, unit_norm);
+    for (int i = 0; i < 3; ++i) {
+      for (int64_t c = 0; c < d; ++c) {
+        narrow(wide[i * d + c], stored[i][c]);
+      }
+    }
+  }
+}
+
+template <class R>
+void adam_rows(const AdamRowsArgs<R>& a, const Threads& threads) {
   // Rows of one number each (a bias) are one long row when nothing looks at norms.
   const bool flat = !a.remove_parallel && !a.unit_norm;
   const int64_t d = flat ? 4096 : a.d;
@@ -84,8 +109,18 @@ void adam_rows(const AdamRowsArgs<T>& a, const Threads& threads) {
     for (int64_t r = task * rows_each; r < std::min((task + 1) * rows_each, rows); ++r) {
       const int64_t at = r * d;
       const int64_t length = std::min(d, a.rows * a.d - at);
-      adam_row(
-          a.adam, a.W + at, a.g + at, a.m + at, a.v + at, length, a.grad_scale, a.remove_parallel, a.unit_norm);
+      const Compute<R>* g;
+      if constexpr (std::is_same_v<R, Compute<R>>) {
+        g = a.g + at;
+      } else {
+        Compute<R>* wide = scratch<Compute<R>>(Slot::kRows, d);
+        for (int64_t c = 0; c < length; ++c) {
+          wide[c] = widen(a.g[at + c]);
+        }
+        g = wide;
+      }
+      adam_stored_row(
+          a.adam, a.W + at, g, a.m + at, a.v + at, length, a.grad_scale, a.remove_parallel, a.unit_norm);
     }
   });
 }

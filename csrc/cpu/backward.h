@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <numeric>
+#include <type_traits>
 
 #include "adam.h"
 #include "kernels.h"
@@ -61,7 +62,7 @@ struct Chunks {
 // body(first latent, last latent, chunk) for every chunk, heaviest first.
 template <class F>
 void each_chunk(const Chunks& chunks, int64_t latents, const int64_t* offsets, const Threads& threads, const F& body) {
-  int64_t* order = scratch<int64_t>(Slot::kReduce, chunks.count);
+  int64_t* order = scratch<int64_t>(Slot::kOrder, chunks.count);
   std::iota(order, order + chunks.count, int64_t{0});
   const auto weight = [&](int64_t chunk) {
     return offsets[std::min((chunk + 1) * chunks.length, latents)] - offsets[chunk * chunks.length];
@@ -194,8 +195,9 @@ void sae_backward(const SaeGradArgs<R>& a, const Threads& threads) {
   });
 }
 
-template <class T>
-void sae_backward_adam(const SaeAdamArgs<T>& a, const Threads& threads) {
+template <class R>
+void sae_backward_adam(const SaeAdamArgs<R>& a, const Threads& threads) {
+  using T = Compute<R>;
   const int64_t d = a.d;
   const Chunks chunks(a.F);
   // [chunks, d]: sums of db_enc[f] W_enc[f] per chunk, added up in chunk order below.
@@ -207,8 +209,8 @@ void sae_backward_adam(const SaeAdamArgs<T>& a, const Threads& threads) {
     std::fill(sum, sum + d, T(0));
     const int64_t* offsets = a.list.offsets;
     for (int64_t f = first; f < last; ++f) {
-      T* w_enc = a.W_enc + f * d;
-      T* w_dec = a.W_dec + f * d;
+      R* w_enc = a.W_enc + f * d;
+      R* w_dec = a.W_dec + f * d;
       const int64_t extra = a.extra_position != nullptr ? a.extra_position[f] : -1;
       const bool touched = offsets[f] < offsets[f + 1] || extra >= 0;
       T gb = 0;
@@ -220,17 +222,18 @@ void sae_backward_adam(const SaeAdamArgs<T>& a, const Threads& threads) {
         } else {
           std::fill(gd, gd + 2 * d, T(0));
         }
-        gb += latent_gradient<T>(
+        gb += latent_gradient<R>(
             a.list, offsets[f], offsets[f + 1], offsets[last], a.e, a.x, a.values, w_dec, a.b_dec, a.k, d, a.scale, gd,
             ge);
-        accumulate_rows<T, 1, false>(sum, {w_enc}, {gb}, nullptr, d);
+        accumulate_rows<R, 1, false>(sum, {w_enc}, {gb}, nullptr, d);
       }
-      adam_row(
-          a.adam, w_dec, touched ? gd : nullptr, a.m_W_dec + f * d, a.v_W_dec + f * d, d, T(1), a.remove_parallel,
+      const T* no_gradient = nullptr;
+      adam_stored_row(
+          a.adam, w_dec, touched ? gd : no_gradient, a.m_W_dec + f * d, a.v_W_dec + f * d, d, T(1), a.remove_parallel,
           a.unit_norm);
-      adam_row(
-          a.adam, w_enc, touched ? ge : nullptr, a.m_W_enc + f * d, a.v_W_enc + f * d, d, T(1), false, false);
-      a.b_enc[f] = adam_one(a.adam, a.b_enc[f], gb, a.m_b_enc[f], a.v_b_enc[f]);
+      adam_stored_row(
+          a.adam, w_enc, touched ? ge : no_gradient, a.m_W_enc + f * d, a.v_W_enc + f * d, d, T(1), false, false);
+      adam_stored_row(a.adam, a.b_enc + f, &gb, a.m_b_enc + f, a.v_b_enc + f, 1, T(1), false, false);
     }
   });
   std::fill(a.db_times_W_enc, a.db_times_W_enc + d, T(0));

@@ -11,19 +11,14 @@ namespace RK_ISA {
   template void row_dots<R, int32_t>(const DotArgs<R, int32_t>&, const Threads&);      \
   template void row_dots<R, int64_t>(const DotArgs<R, int64_t>&, const Threads&);      \
   template void weight_grad<R>(const WeightGradArgs<R>&, const Threads&);              \
-  template void sae_backward<R>(const SaeGradArgs<R>&, const Threads&);
+  template void sae_backward<R>(const SaeGradArgs<R>&, const Threads&);                \
+  template void sae_backward_adam<R>(const SaeAdamArgs<R>&, const Threads&);           \
+  template void adam_rows<R>(const AdamRowsArgs<R>&, const Threads&);
 RK_ROWS(float)
 RK_ROWS(double)
 RK_ROWS(BF16)
 RK_ROWS(F16)
 #undef RK_ROWS
-
-#define RK_PARAMETERS(T)                                                   \
-  template void sae_backward_adam<T>(const SaeAdamArgs<T>&, const Threads&); \
-  template void adam_rows<T>(const AdamRowsArgs<T>&, const Threads&);
-RK_PARAMETERS(float)
-RK_PARAMETERS(double)
-#undef RK_PARAMETERS
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -91,32 +91,32 @@ struct AdamScalars {
   T denom_scale;             // 1 / sqrt(bias_corr2)
 };
 
-template <class T>
+template <class R>
 struct SaeAdamArgs {
   LatentMajor list;
-  const T* e;
-  const T* x;
-  const T* values;
-  const T* b_dec;            // [d] or null
+  const R* e;
+  const R* x;
+  const R* values;
+  const Compute<R>* b_dec;   // [d] or null
   int64_t F, k, d;
-  T scale;
-  T *W_enc, *b_enc, *W_dec;  // in place
-  T *m_W_enc, *v_W_enc, *m_b_enc, *v_b_enc, *m_W_dec, *v_W_dec;
-  AdamScalars<T> adam;
+  Compute<R> scale;
+  R *W_enc, *b_enc, *W_dec;  // in place
+  R *m_W_enc, *v_W_enc, *m_b_enc, *v_b_enc, *m_W_dec, *v_W_dec;
+  AdamScalars<Compute<R>> adam;
   bool remove_parallel, unit_norm;
   const int64_t* extra_position;  // [F] or null: row of the extra gradients that belongs to latent f, or -1
-  const T *extra_dW_enc, *extra_db_enc, *extra_dW_dec;
-  T* db_times_W_enc;         // [d]: sum_f db_enc[f] * W_enc[f] before the update
+  const Compute<R> *extra_dW_enc, *extra_db_enc, *extra_dW_dec;
+  Compute<R>* db_times_W_enc;  // [d]: sum_f db_enc[f] * W_enc[f] before the update
 };
 
-template <class T>
+template <class R>
 struct AdamRowsArgs {
-  T* W;                      // [rows, d] in place
-  const T* g;
-  T *m, *v;
+  R* W;                      // [rows, d] in place
+  const R* g;
+  R *m, *v;
   int64_t rows, d;
-  T grad_scale;
-  AdamScalars<T> adam;
+  Compute<R> grad_scale;
+  AdamScalars<Compute<R>> adam;
   bool remove_parallel, unit_norm;
 };
 
@@ -132,10 +132,10 @@ struct AdamRowsArgs {
   void weight_grad(const WeightGradArgs<R>&, const Threads&);               \
   template <class R>                                                        \
   void sae_backward(const SaeGradArgs<R>&, const Threads&);                 \
-  template <class T>                                                        \
-  void sae_backward_adam(const SaeAdamArgs<T>&, const Threads&);            \
-  template <class T>                                                        \
-  void adam_rows(const AdamRowsArgs<T>&, const Threads&);                   \
+  template <class R>                                                        \
+  void sae_backward_adam(const SaeAdamArgs<R>&, const Threads&);            \
+  template <class R>                                                        \
+  void adam_rows(const AdamRowsArgs<R>&, const Threads&);                   \
   }
 
 RK_DECLARE_KERNELS(baseline)

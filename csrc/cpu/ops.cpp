@@ -1,8 +1,9 @@
 // torch.ops.refusal_kernels_cpu.*: schemas, checks, and the way from tensors to the raw-pointer kernels.
 //
 // Built on LibTorch's stable ABI (2.10), so one binary serves every later torch. The operators are the raw primitives:
-// two-dimensional contiguous CPU tensors, no autograd; rows in fp32, fp64, bf16 or fp16, biases and optimiser state in
-// the compute dtype (fp64 for fp64, else fp32). Everything is checked before anything is written.
+// two-dimensional contiguous CPU tensors, no autograd; rows in fp32, fp64, bf16 or fp16, biases in the compute dtype
+// (fp64 for fp64, else fp32), parameters to update and their optimiser state in the row dtype. Everything is checked
+// before anything is written.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -62,14 +63,14 @@ void with_row_type(const char* op, ScalarType dtype, const F& f) {
 }
 
 template <class F>
-void with_parameter_type(const char* op, ScalarType dtype, const F& f) {
+void with_scalar_type(const char* op, ScalarType dtype, const F& f) {
   switch (dtype) {
     case ScalarType::Float:
       return f(Type<float>());
     case ScalarType::Double:
       return f(Type<double>());
     default:
-      STD_TORCH_CHECK(false, op, ": expected parameters in float32 or float64");
+      STD_TORCH_CHECK(false, op, ": expected grad_scale in float32 or float64");
   }
 }
 
@@ -411,9 +412,10 @@ Tensor sae_backward_adam(
   const int64_t d = x.size(1);
   const int64_t F = W_dec.size(0);
   const ScalarType dtype = x.scalar_type();
+  const ScalarType ct = compute_dtype(dtype);
   check(op, "x", x, dtype, {N, d});
   check(op, "e", e, dtype, {N, d});
-  check(op, "b_dec", b_dec, dtype, {d});
+  check(op, "b_dec", b_dec, ct, {d});
   const std::pair<const char*, const Tensor&> matrices[] = {
       {"W_enc", W_enc},     {"W_dec", W_dec},     {"m_W_enc", m_W_enc},
       {"v_W_enc", v_W_enc}, {"m_W_dec", m_W_dec}, {"v_W_dec", v_W_dec}};
@@ -434,9 +436,9 @@ Tensor sae_backward_adam(
         ": extra_rows needs extra_dW_enc, extra_db_enc and extra_dW_dec");
     const int64_t D = extra_rows->numel();
     check(op, "extra_rows", *extra_rows, ScalarType::Long, {D});
-    check(op, "extra_dW_enc", *extra_dW_enc, dtype, {D, d});
-    check(op, "extra_db_enc", *extra_db_enc, dtype, {D});
-    check(op, "extra_dW_dec", *extra_dW_dec, dtype, {D, d});
+    check(op, "extra_dW_enc", *extra_dW_enc, ct, {D, d});
+    check(op, "extra_db_enc", *extra_db_enc, ct, {D});
+    check(op, "extra_dW_dec", *extra_dW_dec, ct, {D, d});
     position.assign(static_cast<size_t>(F), -1);
     const int64_t* rows = in<int64_t>(*extra_rows);
     for (int64_t i = 0; i < D; ++i) {
@@ -446,13 +448,14 @@ Tensor sae_backward_adam(
       position[rows[i]] = i;
     }
   }
-  Tensor result = fresh(x, {d}, dtype);
-  with_parameter_type(op, dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const SaeAdamArgs<T> args{
-        by_latent<T>(indices, values, F), in<T>(e), in<T>(x), in<T>(values), in<T>(b_dec), F, indices.size(1), d,
-        static_cast<T>(scale), out<T>(W_enc), out<T>(b_enc), out<T>(W_dec), out<T>(m_W_enc), out<T>(v_W_enc),
-        out<T>(m_b_enc), out<T>(v_b_enc), out<T>(m_W_dec), out<T>(v_W_dec),
+  Tensor result = fresh(x, {d}, ct);
+  with_row_type(op, dtype, [&](auto type) {
+    using R = typename decltype(type)::type;
+    using T = Compute<R>;
+    const SaeAdamArgs<R> args{
+        by_latent<R>(indices, values, F), in<R>(e), in<R>(x), in<R>(values), in<T>(b_dec), F, indices.size(1), d,
+        static_cast<T>(scale), out<R>(W_enc), out<R>(b_enc), out<R>(W_dec), out<R>(m_W_enc), out<R>(v_W_enc),
+        out<R>(m_b_enc), out<R>(v_b_enc), out<R>(m_W_dec), out<R>(v_W_dec),
         adam_scalars<T>(lr, beta1, beta2, eps, bias_correction1, bias_correction2), remove_parallel, unit_norm,
         position.empty() ? nullptr : position.data(), in<T>(extra_dW_enc), in<T>(extra_db_enc), in<T>(extra_dW_dec),
         out<T>(result)};
@@ -484,14 +487,15 @@ void adam_rows(
   if (grad_scale.has_value()) {
     STD_TORCH_CHECK(
         grad_scale->numel() == 1, op, ": grad_scale must be one number; got shape ", shape_of(*grad_scale));
-    with_parameter_type(op, grad_scale->scalar_type(), [&](auto type) {
+    with_scalar_type(op, grad_scale->scalar_type(), [&](auto type) {
       factor = static_cast<double>(*in<typename decltype(type)::type>(*grad_scale));
     });
   }
-  with_parameter_type(op, dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const AdamRowsArgs<T> args{
-        out<T>(W), in<T>(g), out<T>(m), out<T>(v), rows, d, static_cast<T>(factor),
+  with_row_type(op, dtype, [&](auto type) {
+    using R = typename decltype(type)::type;
+    using T = Compute<R>;
+    const AdamRowsArgs<R> args{
+        out<R>(W), in<R>(g), out<R>(m), out<R>(v), rows, d, static_cast<T>(factor),
         adam_scalars<T>(lr, beta1, beta2, eps, bias_correction1, bias_correction2), remove_parallel, unit_norm};
     RK_RUN(adam_rows, args);
   });

@@ -145,6 +145,69 @@ RK_INLINE uint32_t not_le(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// a[0], b[0], a[1], b[1], ... : the low and the high half of the interleaved lanes.
+template <class T, bool High>
+RK_INLINE Vec<T> zip(Vec<T> a, Vec<T> b) {
+  constexpr int L = kLanes<T>;
+#if defined(__clang__)
+  Vec<T> out;
+  for (int i = 0; i < L; ++i) {
+    out[i] = (i % 2 == 0 ? a : b)[(High ? L / 2 : 0) + i / 2];
+  }
+  return out;
+#else
+  typename Simd<T>::Mask order;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    order[i] = (High ? L / 2 : 0) + i / 2 + (i % 2 == 0 ? 0 : L);
+  }
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// rows[i][c] of a Rows x lanes matrix -> the same numbers in the order [c][i]. Interleaving the first with the second
+// half of an array rotates the bits of its addresses by one; log2(Rows) times moves the row bits behind the column's.
+template <class T, int Rows>
+RK_INLINE void transpose(Vec<T> (&rows)[Rows]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < Rows; round *= 2) {
+    Vec<T> zipped[Rows];
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows / 2; ++i) {
+      zipped[2 * i] = zip<T, false>(rows[i], rows[i + Rows / 2]);
+      zipped[2 * i + 1] = zip<T, true>(rows[i], rows[i + Rows / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      rows[i] = zipped[i];
+    }
+  }
+}
+
+// Appends first + i for every set bit i of mask; `list` has room for a vector more than it holds.
+template <class T>
+RK_INLINE int64_t append_set_bits(uint32_t* list, int64_t n, uint32_t mask, uint32_t first) {
+#if RK_VECTOR_BYTES == 64
+  // No branch on the mask: which tiles hold survivors is unpredictable, and a mispredicted branch costs more than this.
+  if constexpr (kLanes<T> == 16) {
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i codes = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), iota);
+    _mm512_storeu_si512(list + n, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), codes));
+  } else {
+    const __m256i iota = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i codes = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), iota);
+    const __m256i packed = _mm256_maskz_compress_epi32(static_cast<__mmask8>(mask), codes);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(list + n), packed);
+  }
+  return n + __builtin_popcount(mask);
+#else
+  for (; mask != 0; mask &= mask - 1) {
+    list[n++] = first + static_cast<uint32_t>(__builtin_ctz(mask));
+  }
+  return n;
+#endif
+}
+
 // Pairwise over the lanes: a fixed order, so equal on every run.
 template <class T>
 RK_INLINE T horizontal_sum(Vec<T> a) {

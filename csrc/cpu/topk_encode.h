@@ -7,9 +7,10 @@
 //
 // * Vector lanes are rows of x (packed to [panel][d][rows], b_dec subtracted on the way); latents are broadcast from
 //   packed tiles [tile][k][kTileLatents]. kVecs x kTileLatents accumulators fill the register file.
-// * Blocking: kDepth columns at a time (longer rows add up in a buffer of partial sums), a chunk of latents that stays in
-//   the second-level cache while all panels of x pass by.
-// * Accumulation restarts every kSumLength columns: an error like a blocked product's, not a serial sum's.
+// * Blocking: a chunk of latents, kDepth columns of it at a time, stays in the second-level cache while all panels of x
+//   pass by; kSumLength columns of a panel stay in the first while the chunk's tiles pass by. Unfinished tiles wait in a
+//   buffer of partial sums. Restarting the sum every kSumLength columns also keeps the rounding error that of a blocked
+//   product, not of a serial sum.
 // * Work is split over rows; over latents only when there are too few rows to amortise the packing of W_enc.
 // * Every pre-activation is the same sequence of operations wherever its tile lies, and selection is by a total order:
 //   the result does not depend on threads or blocking.
@@ -28,8 +29,9 @@ constexpr int kTileLatents = 8;  // 8 x 3 accumulators + 3 of x + broadcasts in 
 constexpr int kTileLatents = 4;  // 4 x 3 + 3 + 1 in 16 registers
 #endif
 constexpr int kVecs = 3;
-constexpr int64_t kSumLength = 256;
+constexpr int64_t kSumLength = 192;                   // 192 columns of a panel: 36 KiB of fp32 rows in AVX-512
 constexpr int64_t kDepth = 1024;
+constexpr int64_t kAheadSteps = 8;                    // about 100 cycles of multiply-adds
 constexpr int64_t kChunkElements = 128 * 1024;        // packed latents: half a MiB of fp32
 constexpr int64_t kPackedRowElements = 2 * 1024 * 1024;  // packed x per thread: 8 MiB of fp32
 constexpr int64_t kCandidateBytes = 16 << 20;         // candidates per thread, at least one panel's
@@ -42,48 +44,46 @@ constexpr int64_t kPanelRows = kVecs * kLanes<T>;
 template <class T, int V>
 RK_INLINE void multiply(const T* __restrict x, const T* __restrict w, int64_t depth, T* __restrict tile, bool add) {
   constexpr int L = kLanes<T>;
-  for (int64_t start = 0; start == 0 || start < depth; start += kSumLength) {
-    const int64_t length = std::min(kSumLength, depth - start);
-    Vec<T> sum[kTileLatents][V];
+  Vec<T> sum[kTileLatents][V];
+#pragma GCC unroll 16
+  for (int f = 0; f < kTileLatents; ++f) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      sum[f][v] = Vec<T>{};
+    }
+  }
+  for (int64_t i = 0; i < depth; ++i) {
+    Vec<T> rows[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      __builtin_prefetch(x + (kAheadSteps * V + v) * L);  // the panel streams from the second-level cache
+      rows[v] = load(x + v * L);
+    }
+#pragma GCC unroll 16
+    for (int f = 0; f < kTileLatents; ++f) {
+      const Vec<T> latent = splat<T>(w[f]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        sum[f][v] += latent * rows[v];
+      }
+    }
+    x += V * L;
+    w += kTileLatents;
+  }
+  if (add) {
 #pragma GCC unroll 16
     for (int f = 0; f < kTileLatents; ++f) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        sum[f][v] = Vec<T>{};
+        store<T>(tile + (f * V + v) * L, load(tile + (f * V + v) * L) + sum[f][v]);
       }
     }
-    for (int64_t i = 0; i < length; ++i) {
-      Vec<T> rows[V];
+  } else {
+#pragma GCC unroll 16
+    for (int f = 0; f < kTileLatents; ++f) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        rows[v] = load(x + v * L);
-      }
-#pragma GCC unroll 16
-      for (int f = 0; f < kTileLatents; ++f) {
-        const Vec<T> latent = splat<T>(w[f]);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          sum[f][v] += latent * rows[v];
-        }
-      }
-      x += V * L;
-      w += kTileLatents;
-    }
-    if (start == 0 && !add) {
-#pragma GCC unroll 16
-      for (int f = 0; f < kTileLatents; ++f) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          store<T>(tile + (f * V + v) * L, sum[f][v]);
-        }
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int f = 0; f < kTileLatents; ++f) {
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-          store<T>(tile + (f * V + v) * L, load(tile + (f * V + v) * L) + sum[f][v]);
-        }
+        store<T>(tile + (f * V + v) * L, sum[f][v]);
       }
     }
   }
@@ -107,12 +107,16 @@ struct Candidates {
   }
 };
 
+// Adds the bias to a finished tile and hands on what exceeds its row's threshold.
 template <class T, int V>
 RK_INLINE void filter(
     T* tile, const T* bias, int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Candidates<T>& out) {
   constexpr int L = kLanes<T>;
+  uint32_t survivors[kTileLatents * V * L + L];  // positions in the tile
+  int64_t n = 0;
   Vec<T> threshold[V];
   uint32_t exists[V];
+#pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     threshold[v] = load(out.threshold + first_row + v * L);
     const int64_t lanes = std::clamp<int64_t>(rows - v * L, 0, L);
@@ -120,36 +124,44 @@ RK_INLINE void filter(
   }
   for (int64_t f = 0; f < latents; ++f) {
     const Vec<T> b = splat<T>(bias[first_latent + f]);
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      T* sums = tile + (f * V + v) * L;
-      const Vec<T> pre = load(sums) + b;
-      uint32_t survivors = not_le(pre, threshold[v]) & exists[v];
-      if (survivors == 0) {
-        continue;
-      }
-      store<T>(sums, pre);
-      while (survivors != 0) {
-        const int lane = __builtin_ctz(survivors);
-        survivors &= survivors - 1;
-        out.push(first_row + v * L + lane, sums[lane], static_cast<uint32_t>(first_latent + f));
-      }
+      const int64_t at = (f * V + v) * L;
+      const Vec<T> pre = load(tile + at) + b;
+      store<T>(tile + at, pre);
+      n = append_set_bits<T>(survivors, n, not_le(pre, threshold[v]) & exists[v], static_cast<uint32_t>(at));
     }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t at = survivors[i];
+    out.push(first_row + at % (V * L), tile[at], static_cast<uint32_t>(first_latent) + at / (V * L));
   }
 }
 
 // [rows, d] -> [d][lanes], b_dec subtracted; lanes beyond the rows are 0.
 template <class R>
 void pack_panel(const R* x, const Compute<R>* b_dec, int64_t rows, int64_t lanes, int64_t d, Compute<R>* out) {
-  for (int64_t start = 0; start < d; start += 16) {
-    const int64_t end = std::min(d, start + 16);
-    for (int64_t r = 0; r < lanes; ++r) {
-      for (int64_t c = start; c < end; ++c) {
-        Compute<R> value = 0;
-        if (r < rows) {
-          value = widen(x[r * d + c]);
-          value -= b_dec == nullptr ? Compute<R>(0) : b_dec[c];
-        }
-        out[c * lanes + r] = value;
+  using T = Compute<R>;
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < lanes; r += L) {
+    int64_t c = 0;
+    for (; c + L <= d; c += L) {
+      const Vec<T> origin = b_dec == nullptr ? Vec<T>{} : load(b_dec + c);
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        block[i] = r + i < rows ? load(x + (r + i) * d + c) - origin : Vec<T>{};
+      }
+      transpose<T, L>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        store<T>(out + (c + i) * lanes + r, block[i]);
+      }
+    }
+    for (; c < d; ++c) {
+      for (int64_t i = r; i < r + L; ++i) {
+        const T value = i < rows ? T(widen(x[i * d + c])) : T(0);
+        out[c * lanes + i] = i < rows && b_dec != nullptr ? value - b_dec[c] : value;
       }
     }
   }
@@ -158,17 +170,27 @@ void pack_panel(const R* x, const Compute<R>* b_dec, int64_t rows, int64_t lanes
 // Columns [start, start + depth) of `latents` rows of W -> [tile][depth][kTileLatents], zero-padded to whole tiles.
 template <class R>
 void pack_latents(const R* W, int64_t latents, int64_t d, int64_t start, int64_t depth, Compute<R>* out) {
+  using T = Compute<R>;
+  constexpr int L = kLanes<T>;
   for (int64_t f = 0; f < latents; f += kTileLatents) {
-    for (int64_t i = 0; i < kTileLatents; ++i) {
-      if (f + i < latents) {
-        const R* row = W + (f + i) * d + start;
-        for (int64_t c = 0; c < depth; ++c) {
-          out[c * kTileLatents + i] = widen(row[c]);
-        }
-      } else {
-        for (int64_t c = 0; c < depth; ++c) {
-          out[c * kTileLatents + i] = 0;
-        }
+    const R* rows = W + f * d + start;
+    const int64_t real = std::min<int64_t>(kTileLatents, latents - f);
+    int64_t c = 0;
+    for (; real == kTileLatents && c + L <= depth; c += L) {
+      Vec<T> block[kTileLatents];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileLatents; ++i) {
+        block[i] = load(rows + i * d + c);
+      }
+      transpose<T, kTileLatents>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileLatents; ++i) {
+        store<T>(out + c * kTileLatents + i * L, block[i]);
+      }
+    }
+    for (; c < depth; ++c) {
+      for (int64_t i = 0; i < kTileLatents; ++i) {
+        out[c * kTileLatents + i] = i < real ? T(widen(rows[i * d + c])) : T(0);
       }
     }
     out += kTileLatents * depth;
@@ -180,16 +202,21 @@ void multiply_and_filter(
     const T* panel, const T* packed, int64_t depth, T* partial, bool first, bool last, const T* bias,
     int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Candidates<T>& candidates) {
   constexpr int64_t kTile = kTileLatents * V * kLanes<T>;
-  alignas(64) T local[kTile];
-  for (int64_t f = 0; f < latents; f += kTileLatents) {
-    T* tile = first && last ? local : partial;
-    multiply<T, V>(panel, packed, depth, tile, !first);
-    if (last) {
-      filter<T, V>(
-          tile, bias, first_latent + f, std::min<int64_t>(kTileLatents, latents - f), first_row, rows, candidates);
+  for (int64_t start = 0; start == 0 || start < depth; start += kSumLength) {
+    const int64_t length = std::min(kSumLength, depth - start);
+    const bool complete = last && start + length >= depth;
+    const T* x = panel + start * V * kLanes<T>;
+    const T* w = packed + start * kTileLatents;
+    T* tile = partial;
+    for (int64_t f = 0; f < latents; f += kTileLatents) {
+      multiply<T, V>(x, w, length, tile, !first || start > 0);
+      if (complete) {
+        filter<T, V>(
+            tile, bias, first_latent + f, std::min<int64_t>(kTileLatents, latents - f), first_row, rows, candidates);
+      }
+      w += kTileLatents * depth;
+      tile += kTile;
     }
-    packed += kTileLatents * depth;
-    partial += kTile;
   }
 }
 
@@ -209,7 +236,7 @@ void encode_block(
   std::fill(candidates.count, candidates.count + panels * kPanelRows<T>, int64_t{0});
   T* packed_x = scratch<T>(Slot::kPackedX, panels * kPanelRows<T> * d);
   T* packed_w = scratch<T>(Slot::kPackedW, chunk * depth_most);
-  T* partial = scratch<T>(Slot::kPartialSums, d > kDepth ? panels * kPanelRows<T> * chunk : 1);
+  T* partial = scratch<T>(Slot::kPartialSums, (d > kDepth ? panels : 1) * kPanelRows<T> * chunk);
 
   const auto lanes_of = [&](int64_t panel) {
     const int64_t left = std::min(rows - panel * kPanelRows<T>, kPanelRows<T>);
