@@ -39,7 +39,7 @@ from .plots import plot_training
 from .sae import TopKSAE
 from .tokens import TokenStream
 from .train_config import DTYPES, TrainConfig
-from .trainer import LOG_FILE, SAETrainer, read_checkpoint_header, read_train_log
+from .trainer import LOG_FILE, SAETrainer, check_resumable, read_checkpoint_header, read_train_log
 
 # One document in this many is held out, chosen by the hash of its text: the same in every epoch and every order.
 HELD_OUT_ONE_IN = 32
@@ -164,6 +164,9 @@ def train_sae(
     started = time.perf_counter()
     out = Path(config.out)
     checkpoint = _check_folder(out, resume, overwrite)
+    if checkpoint is not None:
+        config = replace(config, layers=config.layers or saved_config(out).layers)
+        check_resumable(config, checkpoint)  # before the minutes that loading a large model takes
     model, tokenizer = load_model(config)
     geometry = attention_geometry(model)
     if config.loss_after is not None and config.loss_after not in tokenizer.get_vocab():

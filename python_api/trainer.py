@@ -309,13 +309,7 @@ class SAETrainer:
 
         The continuation is bit for bit the uninterrupted run on the same machine, libraries and thread count.
         """
-        header = read_checkpoint_header(folder)
-        saved = TrainConfig.from_dict(header["config"], str(folder))
-        if differences := self.config.differences(saved):
-            raise ValueError(
-                f"cannot resume {folder} with other settings: {'; '.join(differences)}. Drop these arguments, or start "
-                "a new run with another --out"
-            )
+        header = check_resumable(self.config, folder)
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         for layer in header["layers"]:
             self._add_layer(layer, TopKSAE.from_pretrained(folder / f"layer_{layer:02d}", device=self.device))
@@ -337,6 +331,17 @@ def read_checkpoint_header(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: checkpoint format_version must be {CHECKPOINT_FORMAT_VERSION}; got "
             f"{header.get('format_version')!r}"
+        )
+    return header
+
+
+def check_resumable(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """The header of a checkpoint that `config` can continue; ValueError names every setting that stands against it."""
+    header = read_checkpoint_header(folder)
+    if differences := config.differences(TrainConfig.from_dict(header["config"], str(folder))):
+        raise ValueError(
+            f"cannot resume {folder} with other settings: {'; '.join(differences)}. Drop these arguments, or start "
+            "a new run with another --out"
         )
     return header
 
