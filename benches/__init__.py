@@ -1,11 +1,13 @@
 """Benchmarks of refusal_kernels: `python -m benches` from the repository root, or `pytest benches --benchmark-only`.
 
-Every group times the same mathematics in five columns, in turns (dense, compiled, sparse, ours, floor, dense, ...), so
+Every group times the same mathematics in six columns, in turns (dense, compiled, sparse, ours, floor, dense, ...), so
 that what disturbs the machine disturbs all of them:
 
     dense      eager PyTorch with a dense [N, F] code
     compile    torch.compile of it
-    sparse     the fastest sparse PyTorch path of `torch_paths`, chosen by measurement per shape
+    sparse     PyTorch with topk, embedding_bag and index_add, written by hand
+    best       the fastest sparse PyTorch path that we could find, chosen by measurement per shape among the forms of
+               `torch_paths`
     ours       refusal_kernels
     floor      what no implementation of this precision can beat: the bare encoder product into a preallocated buffer,
                or a copy of the bytes that have to move

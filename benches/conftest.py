@@ -15,9 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shapes", default="", help="N,d,F,k, several separated by spaces (default: the four of the README)"
     )
     group.addoption("--groups", default=" ".join(GROUPS), help="encode decode backward step crossover, by spaces")
-    group.addoption(
-        "--columns", default=" ".join((*COLUMNS, "autograd")), help="dense compile sparse ours floor autograd"
-    )
+    group.addoption("--columns", default=" ".join((*COLUMNS, "autograd")), help="of these, by spaces")
     group.addoption("--rounds", default=5, type=int, help="turns of every column")
     group.addoption("--device", default="cpu", help="cpu or cuda; cuda times with events")
     group.addoption("--backend", default=None, help="back-end of our column (default: what auto takes)")

@@ -8,7 +8,14 @@ from typing import Any
 from .results import GROUP_TITLES, TITLES, milliseconds
 from .shapes import COLUMNS, GROUPS
 
-COLOURS = {"dense": "#9aa5b1", "compile": "#6b7c93", "sparse": "#e0a458", "ours": "#2a7f62", "floor": "#d9dde2"}
+COLOURS = {
+    "dense": "#9aa5b1",
+    "compile": "#6b7c93",
+    "sparse": "#e0a458",
+    "best": "#c8553d",
+    "ours": "#2a7f62",
+    "floor": "#d9dde2",
+}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -23,7 +23,8 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 TITLES = {
     "dense": "dense eager",
     "compile": "torch.compile",
-    "sparse": "best sparse PyTorch",
+    "sparse": "sparse PyTorch",
+    "best": "best sparse PyTorch",
     "ours": "ours",
     "floor": "floor",
 }
@@ -92,21 +93,24 @@ def rows(cases: list[dict[str, Any]]) -> list[list[str]]:
         times = [milliseconds(columns[n]["seconds"]) if n in columns else "–" for n in COLUMNS]
         peaks = [megabytes(columns[n]["peak_bytes"]) if n in columns else "–" for n in COLUMNS[:-1]]
         shape = ", ".join(str(size) for size in case["shape"])
-        ratios = [ratio("dense"), ratio("compile"), ratio("sparse"), over_floor()]
+        ratios = [*(ratio(name) for name in COLUMNS[:4]), over_floor()]
         body.append([GROUP_TITLES[case["group"]], shape, *times, *ratios, " / ".join(peaks)])
     return body
 
 
 HEADER = [
     "group", "N, d, F, k", *(f"{TITLES[name]}, ms" for name in COLUMNS),
-    "vs dense", "vs compile", "vs sparse", "ours / floor", "peak extra MB: dense / compile / sparse / ours",
+    "vs dense", "vs compile", "vs sparse", "vs best sparse", "ours / floor",
+    "peak extra MB: dense / compile / sparse / best sparse / ours",
 ]  # fmt: skip
 
 
 def text_table(cases: list[dict[str, Any]]) -> str:
     """The table for a terminal."""
-    short = ["group", "N, d, F, k", "dense", "compile", "sparse", "ours", "floor", "/dense", "/compile", "/sparse",
-             "x floor", "extra MB d/c/s/ours"]  # fmt: skip
+    short = [
+        *("group", "N, d, F, k", *COLUMNS, *(f"/{name}" for name in COLUMNS[:4]), "x floor"),
+        "extra MB " + "/".join(COLUMNS[:-1]),
+    ]
     lines = [short, *rows(cases)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(short))]
     out = []

@@ -37,7 +37,7 @@ SHAPES = (
 
 GROUPS = ("encode", "decode", "backward", "step")
 
-COLUMNS = ("dense", "compile", "sparse", "ours", "floor")
+COLUMNS = ("dense", "compile", "sparse", "best", "ours", "floor")
 
 # Where dense beats sparse: small dictionaries and large k, at fixed N and d.
 CROSSOVER_LATENTS = (512, 1024, 2048, 4096, 8192)

@@ -3,7 +3,7 @@
 They are written to be hard to beat with PyTorch alone. What costs a pass over [N, F] and is not needed is left out:
 ReLU in place; the decoder bias folded into the encoder's (`b_enc - W_enc b_dec`), which saves autograd the product
 d(pre) W_enc that the gradient of b_dec would otherwise take; fused Adam. The sparse path has several forms of each
-part, and `columns` keeps the fastest of each at each shape:
+part. The column `sparse` takes the usual ones (fresh, bag, index_add), the column `best` whichever is fastest:
 
 encode     fresh     relu_(addmm) and topk, as everybody writes it
            reused    the same, into an [N, F] buffer kept between calls (no page faults)
