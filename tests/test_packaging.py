@@ -206,9 +206,21 @@ def test_installed_wheel_works_from_another_folder(installed: Path, tmp_path: Pa
 
 def test_installed_wheel_trains_an_sae_from_another_folder(installed: Path, tmp_path: Path) -> None:
     """The whole way through the command: package data, native kernels, evaluation, files."""
-    size = ("--tokens", 2048, "--batch-tokens", 1024, "--eval-tokens", 512, "--k", 8, "--expansion", 2, "--layers", 1)
+    size = ("--tokens", 512, "--batch-tokens", 256, "--eval-tokens", 256, "--k", 8, "--expansion", 2, "--layers", 1)
     command = installed.parent / "refusal-kernels"
-    result = run(command, "train-sae", "--model", "builtin", "--data", "builtin", *size, "--out", "run", cwd=tmp_path)
+    result = run(
+        command,
+        "train-sae",
+        "--model",
+        "builtin",
+        "--data",
+        "builtin",
+        *size,
+        "--out",
+        "run",
+        cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1"},
+    )
     assert "kernels: cpu" in result.stdout + result.stderr
     reload = (
         "from refusal_kernels.python_api import TopKSAE; print(TopKSAE.from_pretrained('run/layer_01').W_dec.shape)"
