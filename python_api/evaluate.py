@@ -6,7 +6,8 @@ Per layer, over all tokens but padding, the first of each sequence and BOS, whic
     explained_variance  1 - fvu
     cosine              mean cosine similarity of x and x_hat
     l0                  mean number of values > 0 per token
-    dead_fraction       share of the latents that fire on none of these tokens
+    silent_fraction     share of the latents that fire on none of these tokens
+    dead_fraction       share that counted as dead when training ended, from the SAE's metadata; None if unknown
     ce_clean, ce_spliced, ce_zero
                         next-token cross entropy in nats: untouched; z replaced by x_hat; z replaced by 0
     loss_recovered      (ce_zero - ce_spliced) / (ce_zero - ce_clean), 1 = nothing lost; None where zeroing z costs
@@ -34,7 +35,7 @@ Batch = Mapping[str, Tensor]
 Edits = dict[int, Callable[[Tensor], Tensor]]
 
 # Below this many nats, removing z altogether hardly changes the loss and the ratio is noise.
-_LEAST_EFFECT = 1e-3
+LEAST_EFFECT = 1e-2
 
 
 class _Reconstruction:
@@ -69,7 +70,8 @@ class _Reconstruction:
             "explained_variance": 1 - fvu,
             "cosine": float(self.cosine) / self.n_tokens,
             "l0": float(self.fired) / self.n_tokens,
-            "dead_fraction": float((self.fire_counts == 0).double().mean()),
+            "silent_fraction": float((self.fire_counts == 0).double().mean()),
+            "dead_fraction": self.sae.config.metadata.get("dead_fraction"),
         }
 
 
@@ -142,7 +144,7 @@ def evaluate(
             "ce_clean": clean,
             "ce_spliced": spliced,
             "ce_zero": zero,
-            "loss_recovered": (zero - spliced) / (zero - clean) if zero - clean > _LEAST_EFFECT else None,
+            "loss_recovered": (zero - spliced) / (zero - clean) if zero - clean > LEAST_EFFECT else None,
         }
         if group == "all_layers":
             report["all_layers"] = figures
@@ -208,7 +210,18 @@ def format_table(report: Mapping[str, Any]) -> str:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None or value != value else format(value, form)
 
-    header = ("layer", "FVU", "expl. var.", "L0", "dead", "CE clean", "CE spliced", "CE zeroed", "loss recovered")
+    header = (
+        "layer",
+        "FVU",
+        "expl. var.",
+        "L0",
+        "dead",
+        "silent here",
+        "CE clean",
+        "CE spliced",
+        "CE zeroed",
+        "loss recovered",
+    )
     rows = [header]
     entries = [*report["layers"].items()]
     if "all_layers" in report:
@@ -221,6 +234,7 @@ def format_table(report: Mapping[str, Any]) -> str:
                 number(figures.get("explained_variance"), ".4f"),
                 number(figures.get("l0"), ".1f"),
                 number(figures.get("dead_fraction"), ".1%"),
+                number(figures.get("silent_fraction"), ".1%"),
                 number(figures["ce_clean"], ".4f"),
                 number(figures["ce_spliced"], ".4f"),
                 number(figures["ce_zero"], ".4f"),
@@ -230,4 +244,6 @@ def format_table(report: Mapping[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    if any(figures["loss_recovered"] is None for _, figures in entries):
+        lines.append(f"loss recovered -: zeroing z costs less than {LEAST_EFFECT} nats, too little for a ratio")
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def test_a_silent_sae_loses_what_zeroing_loses(model, batches) -> None:
     figures = report["layers"]["1"]
     assert figures["fvu"] >= 1
     assert figures["l0"] == 0
-    assert figures["dead_fraction"] == 1
+    assert figures["silent_fraction"] == 1
     assert figures["ce_spliced"] == pytest.approx(figures["ce_zero"], abs=1e-6)
     assert figures["loss_recovered"] == pytest.approx(0, abs=1e-4)
     assert "all_layers" not in report
@@ -94,7 +94,7 @@ def test_a_silent_sae_loses_what_zeroing_loses(model, batches) -> None:
 def test_the_figures_are_the_formulas(model, batches) -> None:
     """Against plain transformers and plain tensors: own hook, own loss, own sums."""
     torch.manual_seed(3)
-    sae = TopKSAE(TopKSAEConfig(48, 96, 5), seed=2)
+    sae = TopKSAE(TopKSAEConfig(48, 96, 5, metadata={"dead_fraction": 0.25}), seed=2)
     kept = [content_positions(batch, BOS) for batch in batches]
     seen: list[torch.Tensor] = []
 
@@ -131,7 +131,8 @@ def test_the_figures_are_the_formulas(model, batches) -> None:
     assert figures["fvu"] == pytest.approx(float(error.square().sum() / (x - x.mean(0)).square().sum()), rel=1e-4)
     assert figures["l0"] == pytest.approx(float((values > 0).sum(1).float().mean()))
     fired = indices[values > 0].unique().numel()
-    assert figures["dead_fraction"] == pytest.approx(1 - fired / 96)
+    assert figures["silent_fraction"] == pytest.approx(1 - fired / 96)
+    assert figures["dead_fraction"] == 0.25
     assert figures["ce_clean"] == pytest.approx(clean, rel=1e-5)
     assert figures["ce_spliced"] == pytest.approx(spliced, rel=1e-5)
     assert figures["ce_zero"] == pytest.approx(zeroed, rel=1e-5)
