@@ -108,7 +108,7 @@ setup(
         "refusal_kernels.python_api": [
             f"{folder}/**/{pattern}"
             for folder in ("builtin_model",)
-            for pattern in ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.txt", "*.model")
+            for pattern in ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.txt", "*.model", "*.jinja")
         ],
     },
     zip_safe=False,

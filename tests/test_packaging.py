@@ -28,7 +28,7 @@ FOLDERS = {
     "triton_kernels": "refusal_kernels/triton_kernels",
     "python_api": "refusal_kernels/python_api",
 }
-DATA = {".py", ".pyi", ".typed", ".json", ".jsonl", ".safetensors", ".md", ".txt", ".model"}
+DATA = {".py", ".pyi", ".typed", ".json", ".jsonl", ".safetensors", ".md", ".txt", ".model", ".jinja"}
 
 
 def run(*command: object, cwd: Path, env: dict[str, str] | None = None, ok: bool = True) -> subprocess.CompletedProcess:
