@@ -4,7 +4,7 @@
 #
 #   make test ARGS="-k decode -x"       further arguments for pytest, the demo, the benchmarks
 #   make demo PYTHON=python3.12         another interpreter for a new .venv
-#   make demo TORCH_INDEX=https://…     another place for torch; empty for the default index and its CUDA build
+#   make demo TORCH_INDEX=URL           a further package index for torch, e.g. PyTorch's own for CPU-only wheels
 #   RK_CUDA=OFF make test               leave the CUDA sources out (default AUTO: built where nvcc is)
 
 PYTHON ?= python3
@@ -16,10 +16,9 @@ STAMPS := $(VENV)/stamps
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-# Without an NVIDIA GPU the CPU build of torch (200 MB) does what the CUDA build (3 GB) does. It has an index of its
-# own, which is used where it answers.
-CPU_INDEX   := https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?= auto
+# Where pip finds torch besides its own index. Without an NVIDIA GPU the CPU build (200 MB) does what the CUDA build (3 GB)
+# does; PyTorch's installation page names the index that has it.
+TORCH_INDEX ?=
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo test bench lint clean
@@ -52,13 +51,7 @@ clean:
 
 # Three steps. torch alone first: everything after it, the native build included, uses the one that is installed.
 $(STAMPS)/torch: constraints.txt | $(BIN)/python
-	@index='$(TORCH_INDEX)'; \
-	if [ "$$index" = auto ]; then \
-		index=; \
-		command -v nvidia-smi >/dev/null || index=$$($(BIN)/python -c "import urllib.request as r; \
-			r.urlopen('$(CPU_INDEX)/torch/', timeout=5); print('$(CPU_INDEX)')" 2>/dev/null) || true; \
-	fi; \
-	set -x; $(PIP) install -c constraints.txt $${index:+--extra-index-url $$index} torch numpy
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch numpy
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/tools: constraints.txt | $(STAMPS)/torch
