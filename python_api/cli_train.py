@@ -196,6 +196,13 @@ def train_sae(
             "--tracker", help="tensorboard, wandb, ... (accelerate's); may be repeated.", rich_help_panel=_OUTPUT
         ),
     ] = None,
+    threads: int = typer.Option(
+        None,
+        min=1,
+        help="CPU threads; a resumed run needs the same number to end in the same bits. (default: PyTorch's)",
+        rich_help_panel=_TRAINING,
+        show_default=False,
+    ),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
 ) -> None:
     """Train TopK sparse autoencoders on the o_proj inputs of a language model.
@@ -215,6 +222,10 @@ def train_sae(
 
         explicit = {name for name in values if _is_explicit(context, name)}
         values = saved_config(out).to_dict() | {name: values[name] for name in explicit} | {"out": str(out)}
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     _run(TrainConfig(**values), resume=resume, overwrite=overwrite, progress=not quiet)
 
 
@@ -223,6 +234,7 @@ def demo(
         Path, typer.Option("--out", "-o", help="Folder of the run; an earlier demo in it is replaced.")
     ] = Path("demo-run"),
     tokens: str = typer.Option(f"{DEMO['tokens']}", metavar="COUNT", help="Training tokens."),
+    threads: int = typer.Option(1, min=1, help="CPU threads. One takes predictable time on a busy machine."),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars."),
 ) -> None:
     """Train an SAE on the built-in model and its corpus, reload it, say where everything lies. Needs no network."""
@@ -230,6 +242,7 @@ def demo(
 
     from .sae import TopKSAE
 
+    torch.set_num_threads(threads)
     config = TrainConfig(**DEMO | {"out": str(out), "tokens": parse_count(tokens)})
     result = _run(config, resume=False, overwrite=True, progress=not quiet)
     for layer, sae in result.saes.items():
