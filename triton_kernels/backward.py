@@ -216,7 +216,7 @@ def _dvalues_kernel(
 
 
 # (BLOCK_D, UNROLL, warps): a thread holds 4 to 16 elements of every row.
-_LATENT_BLOCKS = ((128, 4, 1), (512, 2, 2), (1024, 2, 2), (2048, 2, 4), (4096, 2, 8), (8192, 1, 16))
+_LATENT_BLOCKS = ((128, 4, 1), (512, 2, 2), (1024, 2, 2), (2048, 2, 4), (4096, 2, 16), (8192, 1, 16))
 _ROWS_BLOCKS = ((128, 8, 1), (512, 8, 2), (1024, 4, 4))
 _DVALUES = Tiles({"UNROLL": 8, "BLOCK_D": 512}, num_warps=4)
 _COMBINE_BLOCK, _COMBINE_WARPS = 512, 4

@@ -150,8 +150,8 @@ def sae_backward_adam(
 ) -> Tensor:
     """One Adam step of W_enc, W_dec [F, d], b_enc [F] in place; returns db_enc @ W_enc [d] fp32, W_enc before the step.
 
-    e = x_hat - x and x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. `extra_rows` [D] int64
-    are distinct latents to which extra_dW_enc [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added (all None: none).
+    e = x_hat - x, x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. `extra_rows` [D] int64
+    are distinct latents to which extra_dW_enc [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none.
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
