@@ -41,7 +41,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Result file; default benches/results/<machine>-<date>.json.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of every column.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every column.")] = 4,
     quick: Annotated[bool, typer.Option("--quick", help="The first shape only, fewer turns, default malloc.")] = False,
     columns: Annotated[str, typer.Option(help="Columns to run; separated by spaces.")] = " ".join(
         (*COLUMNS, "autograd")

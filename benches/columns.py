@@ -184,16 +184,21 @@ class Case:
             return self.sparse.decode_bag(*self.problem.codes) - self.problem.x
 
     def _backward_ours(self) -> Column:
-        """What sae_step runs between its residual and `.grad`: fresh gradients, the latent-major backward, b_dec."""
+        """What sae_step runs between its residual and `.grad`, gradients kept and zeroed in place as the sparse path's."""
         p = self.problem
         e = self._residual()
         values, indices = p.codes
         scale = 2.0 / p.shape.n
+        kept: list[Tensor] = []
 
         @torch.no_grad()
         def run() -> tuple[Tensor, ...]:
             W_enc, b_enc, W_dec, b_dec = (t.detach() for t in p.parameters)
-            dW_enc, db_enc, dW_dec = torch.zeros_like(W_enc), torch.zeros_like(b_enc), torch.zeros_like(W_dec)
+            if kept:
+                torch._foreach_zero_(kept)
+            else:
+                kept.extend(torch.zeros_like(t) for t in (W_enc, b_enc, W_dec))
+            dW_enc, db_enc, dW_dec = kept
             self.native.sae_backward(e, p.x, values, indices, W_enc, W_dec, b_dec, scale, dW_enc, db_enc, dW_dec)
             return dW_enc, db_enc, dW_dec, scale * e.sum(0) - db_enc @ W_enc
 

@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--groups", default=" ".join(GROUPS), help="encode decode backward step crossover, by spaces")
     group.addoption("--columns", default=" ".join((*COLUMNS, "autograd")), help="of these, by spaces")
-    group.addoption("--rounds", default=5, type=int, help="turns of every column")
+    group.addoption("--rounds", default=4, type=int, help="turns of every column")
     group.addoption("--device", default="cpu", help="cpu or cuda; cuda times with events")
     group.addoption("--backend", default=None, help="back-end of our column (default: what auto takes)")
     group.addoption("--no-memory", action="store_true", help="do not measure peak memory")

@@ -18,7 +18,7 @@ from benches.shapes import CROSSOVER_GROUPS, CROSSOVER_SHAPES, GROUPS, SHAPES, S
 # A turn of a fast column is repeated until about this many seconds, at most MAX_REPEATS times.
 TURN_SECONDS = 0.15
 MAX_REPEATS = 10
-LONG_FLOPS = 1e10  # one call of a dense column of this size is a turn on any machine
+LONG_FLOPS = 1e10
 FALLBACK_CACHE_BYTES = 64 << 20
 
 # The operator whose back-end a group of ours reports.
@@ -44,8 +44,13 @@ def turns(config: pytest.Config, crossover: bool) -> list[tuple[Shape, str, int,
         for group in groups
         for turn in range(config.getoption("rounds"))
         for column in columns
-        if hasattr(Case, f"_{group}_{column}")
+        if hasattr(Case, f"_{group}_{column}") and (turn % 2 == 0 or not long(shape, column))
     ]
+
+
+def long(shape: Shape, column: str) -> bool:
+    """Whether one call takes so long that the column sits out every other turn, and is a turn by itself."""
+    return column in ("dense", "compile") and model.encode_flops(shape) > LONG_FLOPS
 
 
 class Bench:
@@ -96,9 +101,9 @@ class Bench:
         """Verifies a column on its first turn; returns what was found: error, repeats per turn, peak memory."""
         if column.name not in self._facts:
             error = case.verify(column)
-            long = column.dense and model.encode_flops(case.problem.shape) > LONG_FLOPS
-            repeats = 1 if long else int(TURN_SECONDS / timed(column, self.device))
-            repeats = max(1, min(MAX_REPEATS, repeats))
+            repeats = 1
+            if not long(case.problem.shape, column.name):
+                repeats = max(1, min(MAX_REPEATS, int(TURN_SECONDS / timed(column, self.device))))
             self._facts[column.name] = {"max_error": error, "repeats": repeats, "peak_bytes": self._peak(case, column)}
         return self._facts[column.name]
 
