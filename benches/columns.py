@@ -184,7 +184,7 @@ class Case:
             return self.sparse.decode_bag(*self.problem.codes) - self.problem.x
 
     def _backward_ours(self) -> Column:
-        """What sae_step runs between its residual and `.grad`, gradients kept and zeroed in place as the sparse path's."""
+        """What sae_step runs between its residual and `.grad`; the gradients are kept, and zeroed in place."""
         p = self.problem
         e = self._residual()
         values, indices = p.codes
