@@ -2,9 +2,6 @@
 
 Importing this package imports nothing heavy: every public name is fetched from its module on first use, so that
 ``from refusal_kernels.python_api import TopKSAE`` does not pay for transformers, datasets or typer.
-
-The function :func:`refusal_kernels.python_api.capture.capture` is not among the names, because the package attribute
-``capture`` is its module (Python sets it when the module is imported, whatever is exported here).
 """
 
 from __future__ import annotations
@@ -23,7 +20,8 @@ _EXPORTS = {
     "patch_heads": "edits",
     "scale_heads": "edits",
     "splice": "edits",
-    "Capture": "capture",
+    "Capture": "capturing",
+    "capture": "capturing",
     "TokenStream": "tokens",
     "ActivationBuffer": "buffer",
     "InputStatistics": "buffer",
@@ -37,7 +35,7 @@ _EXPORTS = {
 
 if TYPE_CHECKING:
     from .buffer import ActivationBuffer, InputStatistics, geometric_median
-    from .capture import Capture
+    from .capturing import Capture, capture
     from .edits import ablate_heads, patch_heads, scale_heads, splice
     from .hooks import AttentionGeometry, attention_geometry
     from .runs import train_sae
@@ -71,6 +69,7 @@ __all__ = [
     "TrainConfig",
     "ablate_heads",
     "attention_geometry",
+    "capture",
     "geometric_median",
     "patch_heads",
     "scale_heads",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import capture
+from .capturing import capture
 from .documents import permutation
 from .hooks import HeadSelection, attention_geometry, o_proj_modules, resolve_heads, resolve_layers
 from .tokens import TokenStream

@@ -190,7 +190,7 @@ def splice(
             tokens ``[n, d]`` (with), and returns the same shape in any floating dtype; gradients flow through it.
             d is ``n_heads * head_dim``, or ``len(heads) * head_dim`` under a selection.
         positions: tokens to touch, see :data:`Positions`; ``"unmasked"`` leaves padding alone.
-        heads: as in :func:`~refusal_kernels.python_api.capture.capture`: f sees and replaces only these heads' columns.
+        heads: as in :func:`~refusal_kernels.python_api.capture`: f sees and replaces only these heads' columns.
 
     An f that returns its argument leaves the logits bit for bit as they were.
     """

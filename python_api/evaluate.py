@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .capture import capture, splice
+from .capturing import capture, splice
 from .sae import TopKSAE
 
 Batch = Mapping[str, Tensor]

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 from refusal_kernels.python_api.buffer import ActivationBuffer, geometric_median, input_statistics
-from refusal_kernels.python_api.capture import capture
+from refusal_kernels.python_api.capturing import capture
 from refusal_kernels.python_api.tokens import TokenStream
 
 EOS, BOS, PAD, FIRST, WORDS, N_DOCUMENTS = 0, 1, 2, 3, 60, 60

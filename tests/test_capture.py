@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 import refusal_kernels.python_api
-from refusal_kernels.python_api.capture import (
+from refusal_kernels.python_api.capturing import (
     attention_geometry,
     capture,
     patch_heads,

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.main import get_command
 
-from refusal_kernels.python_api.capture import capture
+from refusal_kernels.python_api.capturing import capture
 from refusal_kernels.python_api.checkpoint import CheckpointFolder
 from refusal_kernels.python_api.cli import app
 from refusal_kernels.python_api.cli_train import DEMO, parse_count, parse_layers

@@ -128,7 +128,7 @@ def test_padded_gives_each_document_its_rows(tokenizer: Any) -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("window", [None, 4])
 def test_isolated_documents_do_not_see_each_other(tokenizer: Any, implementation: str, window: int | None) -> None:
-    from refusal_kernels.python_api.capture import capture
+    from refusal_kernels.python_api.capturing import capture
 
     config = transformers.MistralConfig(
         vocab_size=len(tokenizer),
