@@ -1,8 +1,8 @@
 """The C++ kernels through torch.ops.refusal_kernels_cpu, each instruction set in turn, against plain PyTorch in fp64.
 
-The operators' contract is tested elsewhere on every back-end; here are the raw primitives, the paths inside them (tiles,
-panels, chunks, splits over latents, compaction of candidates) and what only this back-end promises: the same bits for any
-number of threads, a bounded workspace, nothing written outside the outputs.
+The operators' contract is tested elsewhere on every back-end; here are the raw primitives, the paths inside them
+(tiles, panels, chunks, splits over latents, compaction of candidates) and what only this back-end promises: the same
+bits for any number of threads, a bounded workspace, nothing written outside the outputs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def assert_close(got, expected, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale + 1e-12)
 
 
-# ---- encode -----------------------------------------------------------------------------------------------------------
+# ---- encode --------------------------------------------------------------------------------------
 
 # One row and one number; ragged everything; more rows than a panel; k = F; d beyond one depth block; many tiles.
 ENCODE_SHAPES = ((1, 1, 1, 1), (5, 7, 13, 3), (101, 65, 301, 17), (49, 33, 130, 130), (3, 1500, 71, 9), (0, 4, 9, 2))
@@ -94,7 +94,8 @@ def test_encode(isa, shape, dtype):
     for shift in (b_dec, None):
         pre = pre_activations(x, W, b_enc, shift)
         values, indices = ops.topk_encode(x, W, b_enc, k, shift)
-        assert values.dtype == dtype and indices.dtype == torch.int64
+        assert values.dtype == dtype
+        assert indices.dtype == torch.int64
         assert_close(values, best(pre, k)[0], dtype)
         # Rounding may swap near-equal latents, so the chosen ones are judged by their own exact pre-activation.
         assert_close(values, torch.gather(pre.relu(), 1, indices), dtype)
@@ -107,7 +108,7 @@ def integers(*shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ((97, 5, 613, 40), (700, 3, 64, 64), (9, 17, 2000, 1)))
+@pytest.mark.parametrize("shape", [(97, 5, 613, 40), (700, 3, 64, 64), (9, 17, 2000, 1)])
 def test_encode_ties_go_to_the_lower_index(isa, shape, dtype):
     N, d, F, k = shape
     x, W = integers(N, d, dtype=dtype), integers(F, d, dtype=dtype)
@@ -143,8 +144,8 @@ def test_encode_all_negative_and_all_nan(isa):
     assert torch.equal(indices, torch.arange(7).expand(50, 7))
 
 
-@pytest.mark.parametrize("k", (1, 32, 500))
-@pytest.mark.parametrize("descending", (False, True))
+@pytest.mark.parametrize("k", [1, 32, 500])
+@pytest.mark.parametrize("descending", [False, True])
 def test_encode_sorted_rows(isa, k, descending):
     """Ascending pre-activations are the filter's worst order: every latent passes and every compaction is wasted."""
     F = 6000
@@ -156,7 +157,7 @@ def test_encode_sorted_rows(isa, k, descending):
     assert torch.equal(values, torch.arange(float(F), F - k, -1).expand(60, k))
 
 
-@pytest.mark.parametrize("d", (128, 512, 4096))
+@pytest.mark.parametrize("d", [128, 512, 4096])
 def test_encode_rounds_no_worse_than_matmul(isa, d):
     """Error of the pre-activations against fp64, at most twice torch's own, in the mean and at worst."""
     x, W, b_enc, _ = problem(33, d, 96, torch.float32)
@@ -189,7 +190,7 @@ print(*sizes)
     assert second == first < 64 * 2**20  # a dense [65536, 4096] would take 1 GiB
 
 
-# ---- decode and its gradients -----------------------------------------------------------------------------------------
+# ---- decode and its gradients --------------------------------------------------------------------
 
 DECODE_SHAPES = ((1, 1, 1, 1), (7, 5, 11, 3), (40, 67, 90, 6), (33, 300, 50, 9), (5, 1040, 30, 2), (0, 3, 4, 2))
 
@@ -202,7 +203,7 @@ def codes_problem(N, d, F, k, dtype, index_dtype=torch.int64):
     return x, W, b_dec, values, indices.to(index_dtype)
 
 
-@pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", DECODE_SHAPES)
 def test_decode_and_residual(isa, shape, dtype, index_dtype):
@@ -213,12 +214,13 @@ def test_decode_and_residual(isa, shape, dtype, index_dtype):
     assert_close(ops.sparse_decode(values, indices, W, b_dec), expected + b_dec.double(), dtype)
     e, sq = ops.decode_residual(x, values, indices, W, b_dec)
     residual = expected + b_dec.double() - x.double()
-    assert e.dtype == dtype and sq.dtype == compute(dtype)
+    assert e.dtype == dtype
+    assert sq.dtype == compute(dtype)
     assert_close(e, residual, dtype)
     assert_close(sq, residual.square().sum(1), torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", DECODE_SHAPES)
 def test_gradients(isa, shape, dtype, index_dtype):
@@ -230,9 +232,11 @@ def test_gradients(isa, shape, dtype, index_dtype):
     assert_close(dvalues, torch.gather(grad.double() @ W.double().T, 1, indices.long()), dtype)
     assert_close(dW, dense(values, indices, F).T @ grad.double(), dtype)
     alone, nothing = ops.sparse_decode_backward(grad, values, indices, W, True, False)
-    assert nothing is None and torch.equal(alone, dvalues)
+    assert nothing is None
+    assert torch.equal(alone, dvalues)
     nothing, alone = ops.sparse_decode_backward(grad, values, indices, W, False, True)
-    assert nothing is None and torch.equal(alone, dW)
+    assert nothing is None
+    assert torch.equal(alone, dW)
 
     codes = dense(torch.where(values != 0, grad_values, 0), indices, F)
     dx, dW, db = ops.topk_encode_backward(grad_values, values, indices, x, W, b_dec, True, True)
@@ -259,15 +263,17 @@ def test_sae_backward_accumulates(isa, shape, dtype):
     x, W_dec, b_dec, values, indices = codes_problem(N, d, F, k, dtype)
     e, W_enc = torch.randn(N, d).to(dtype), torch.randn(F, d).to(dtype)
     buffers = [torch.randn(s, dtype=compute(dtype)) for s in ((F, d), (F,), (F, d))]
-    expected = [b.double() + g for b, g in zip(buffers, gradients(e, x, values, indices, W_dec, b_dec, 0.3), strict=True)]
+    expected = [
+        b.double() + g for b, g in zip(buffers, gradients(e, x, values, indices, W_dec, b_dec, 0.3), strict=True)
+    ]
     ops.sae_backward(e, x, values, indices, W_enc, W_dec, b_dec, 0.3, *buffers)
     for got, want in zip(buffers, expected, strict=True):
         assert_close(got, want, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-# ---- Adam -------------------------------------------------------------------------------------------------------------
+# ---- Adam ----------------------------------------------------------------------------------------
 
-ADAM = dict(lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}
 
 
 def adam_arguments(step):
@@ -285,8 +291,8 @@ def unit_rows(w):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_norm", (False, True))
-@pytest.mark.parametrize("shape", ((1, 1), (9, 5), (70, 67), (3, 1030), (6000, 1)))
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 5), (70, 67), (3, 1030), (6000, 1)])
 def test_adam_rows_is_torch_adam(isa, shape, with_norm, dtype):
     """Three steps against torch.optim.Adam in fp64; 16-bit state is rounded at each step, hence one step there."""
     W = torch.randn(shape).to(dtype)
@@ -313,8 +319,8 @@ def test_adam_rows_is_torch_adam(isa, shape, with_norm, dtype):
     assert_close(v, state["exp_avg_sq"], dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
-@pytest.mark.parametrize("extra", (False, True))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("extra", [False, True])
 def test_sae_backward_adam(isa, dtype, extra):
     """Three fused steps equal gradient, parallel removal, torch.optim.Adam and renormalisation one after the other."""
     N, d, F, k = 50, 37, 80, 4
@@ -346,7 +352,8 @@ def test_sae_backward_adam(isa, dtype, extra):
         )  # fmt: skip
         loose = 10 if dtype == torch.float32 else 1
         scale = through_encoder.abs().max() * loose * TOLERANCE[dtype]
-        assert got.dtype == ct and (got.double() - through_encoder).abs().max() <= scale
+        assert got.dtype == ct
+        assert (got.double() - through_encoder).abs().max() <= scale
     # Adam divides by sqrt(v): a gradient element near 0 turns its rounding error into a part of a step of lr.
     atol = {torch.float32: 2e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2}[dtype]
     for got, want in zip(parameters, oracle, strict=True):
@@ -378,7 +385,7 @@ def test_rows_without_hits_still_move_by_their_momentum(isa):
         assert_close(got, want, torch.float32)
 
 
-# ---- what holds for all of them ---------------------------------------------------------------------------------------
+# ---- what holds for all of them ------------------------------------------------------------------
 
 
 def everything(threads, N=600, d=40, F=1500, k=8, dtype=torch.float32):
@@ -404,11 +411,13 @@ def everything(threads, N=600, d=40, F=1500, k=8, dtype=torch.float32):
     return [*results, *buffers, *parameters, *state, through]
 
 
-@pytest.mark.parametrize("N", (3, 600, 1100))  # split over latents, one block, split over rows
+@pytest.mark.parametrize("N", [3, 600, 1100])  # split over latents, one block, split over rows
 def test_same_bits_for_any_number_of_threads(isa, N):
     once, again, parallel, many = (everything(threads, N) for threads in (1, 1, 2, 5))
     for a, b, c, e in zip(once, again, parallel, many, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(a, e)
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert torch.equal(a, e)
 
 
 def test_nothing_is_written_outside_the_outputs(isa):
@@ -434,11 +443,12 @@ def test_nothing_is_written_outside_the_outputs(isa):
     )  # fmt: skip
     ops.adam_rows(inners[0], inners[2], inners[3], inners[6], *adam_arguments(1), None, True, True)
     for whole in wholes:
-        assert (whole[:64] == 7).all() and (whole[-64:] == 7).all()
+        assert (whole[:64] == 7).all()
+        assert (whole[-64:] == 7).all()
 
 
-@pytest.mark.parametrize("bad", (-1, 9))
-@pytest.mark.parametrize("index_dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("bad", [-1, 9])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_index_out_of_range_is_an_error_before_anything_is_written(bad, index_dtype):
     N, d, F, k = 4, 3, 9, 2
     x, W, b_dec, values, indices = codes_problem(N, d, F, k, torch.float32, index_dtype)
@@ -460,7 +470,8 @@ def test_index_out_of_range_is_an_error_before_anything_is_written(bad, index_dt
         with pytest.raises(RuntimeError, match=rf"indices must lie in \[0, 9\).*got {bad}"):
             call()
     assert not any(t.any() for t in (*buffers, *state))
-    assert torch.equal(parameters[0], W) and torch.equal(parameters[2], W)
+    assert torch.equal(parameters[0], W)
+    assert torch.equal(parameters[2], W)
 
 
 def test_bad_arguments_are_named():

@@ -119,8 +119,7 @@ void adam_rows(const AdamRowsArgs<R>& a, const Threads& threads) {
         }
         g = wide;
       }
-      adam_stored_row(
-          a.adam, a.W + at, g, a.m + at, a.v + at, length, a.grad_scale, a.remove_parallel, a.unit_norm);
+      adam_stored_row(a.adam, a.W + at, g, a.m + at, a.v + at, length, a.grad_scale, a.remove_parallel, a.unit_norm);
     }
   });
 }

@@ -21,7 +21,8 @@ constexpr int kGroup = 4;  // hits treated together: gradient rows are loaded an
 // sum += sum_i coefficient[i] * (rows[i] - shift); the rows `next` are prefetched on the way.
 template <class R, int G, bool Shift>
 RK_INLINE void accumulate_rows(
-    Compute<R>* sum, const R* const (&rows)[G], const Compute<R> (&coefficient)[G], const Compute<R>* shift, int64_t d) {
+    Compute<R>* sum, const R* const (&rows)[G], const Compute<R> (&coefficient)[G], const Compute<R>* shift,
+    int64_t d) {
   using T = Compute<R>;
   constexpr int L = kLanes<T>;
   int64_t c = 0;
@@ -45,7 +46,8 @@ RK_INLINE void accumulate_rows(
 
 template <class R, int G>
 RK_INLINE void accumulate(
-    Compute<R>* sum, const R* const (&rows)[G], const Compute<R> (&coefficient)[G], const Compute<R>* shift, int64_t d) {
+    Compute<R>* sum, const R* const (&rows)[G], const Compute<R> (&coefficient)[G], const Compute<R>* shift,
+    int64_t d) {
   if (shift != nullptr) {
     accumulate_rows<R, G, true>(sum, rows, coefficient, shift, d);
   } else {

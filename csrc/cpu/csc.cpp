@@ -64,10 +64,10 @@ LatentMajor latent_major(
   return LatentMajor{offsets, hits};
 }
 
-#define RK_INSTANTIATE(R, I)                                                                             \
+#define RK_INSTANTIATE(R, I) \
   template LatentMajor latent_major<R, I>(const I*, const R*, int64_t, int64_t, int64_t, const Threads&);
-#define RK_INSTANTIATE_INDEX(I)                                            \
-  template void index_range<I>(const I*, int64_t, int64_t&, int64_t&);     \
+#define RK_INSTANTIATE_INDEX(I)                                        \
+  template void index_range<I>(const I*, int64_t, int64_t&, int64_t&); \
   RK_INSTANTIATE(float, I) RK_INSTANTIATE(double, I) RK_INSTANTIATE(BF16, I) RK_INSTANTIATE(F16, I)
 RK_INSTANTIATE_INDEX(int32_t)
 RK_INSTANTIATE_INDEX(int64_t)

@@ -4,15 +4,15 @@
 namespace rk {
 namespace RK_ISA {
 
-#define RK_ROWS(R)                                                                     \
-  template void topk_encode<R>(const EncodeArgs<R>&, const Threads&);                  \
+#define RK_ROWS(R)                                                                        \
+  template void topk_encode<R>(const EncodeArgs<R>&, const Threads&);                     \
   template void sparse_decode<R, int32_t>(const DecodeArgs<R, int32_t>&, const Threads&); \
   template void sparse_decode<R, int64_t>(const DecodeArgs<R, int64_t>&, const Threads&); \
-  template void row_dots<R, int32_t>(const DotArgs<R, int32_t>&, const Threads&);      \
-  template void row_dots<R, int64_t>(const DotArgs<R, int64_t>&, const Threads&);      \
-  template void weight_grad<R>(const WeightGradArgs<R>&, const Threads&);              \
-  template void sae_backward<R>(const SaeGradArgs<R>&, const Threads&);                \
-  template void sae_backward_adam<R>(const SaeAdamArgs<R>&, const Threads&);           \
+  template void row_dots<R, int32_t>(const DotArgs<R, int32_t>&, const Threads&);         \
+  template void row_dots<R, int64_t>(const DotArgs<R, int64_t>&, const Threads&);         \
+  template void weight_grad<R>(const WeightGradArgs<R>&, const Threads&);                 \
+  template void sae_backward<R>(const SaeGradArgs<R>&, const Threads&);                   \
+  template void sae_backward_adam<R>(const SaeAdamArgs<R>&, const Threads&);              \
   template void adam_rows<R>(const AdamRowsArgs<R>&, const Threads&);
 RK_ROWS(float)
 RK_ROWS(double)

@@ -105,7 +105,7 @@ struct SaeAdamArgs {
   AdamScalars<Compute<R>> adam;
   bool remove_parallel, unit_norm;
   const int64_t* extra_position;  // [F] or null: row of the extra gradients that belongs to latent f, or -1
-  const Compute<R> *extra_dW_enc, *extra_db_enc, *extra_dW_dec;
+  const Compute<R>*extra_dW_enc, *extra_db_enc, *extra_dW_dec;
   Compute<R>* db_times_W_enc;  // [d]: sum_f db_enc[f] * W_enc[f] before the update
 };
 
@@ -120,22 +120,22 @@ struct AdamRowsArgs {
   bool remove_parallel, unit_norm;
 };
 
-#define RK_DECLARE_KERNELS(ISA)                                             \
-  namespace ISA {                                                           \
-  template <class R>                                                        \
-  void topk_encode(const EncodeArgs<R>&, const Threads&);                   \
-  template <class R, class I>                                               \
-  void sparse_decode(const DecodeArgs<R, I>&, const Threads&);              \
-  template <class R, class I>                                               \
-  void row_dots(const DotArgs<R, I>&, const Threads&);                      \
-  template <class R>                                                        \
-  void weight_grad(const WeightGradArgs<R>&, const Threads&);               \
-  template <class R>                                                        \
-  void sae_backward(const SaeGradArgs<R>&, const Threads&);                 \
-  template <class R>                                                        \
-  void sae_backward_adam(const SaeAdamArgs<R>&, const Threads&);            \
-  template <class R>                                                        \
-  void adam_rows(const AdamRowsArgs<R>&, const Threads&);                   \
+#define RK_DECLARE_KERNELS(ISA)                                  \
+  namespace ISA {                                                \
+  template <class R>                                             \
+  void topk_encode(const EncodeArgs<R>&, const Threads&);        \
+  template <class R, class I>                                    \
+  void sparse_decode(const DecodeArgs<R, I>&, const Threads&);   \
+  template <class R, class I>                                    \
+  void row_dots(const DotArgs<R, I>&, const Threads&);           \
+  template <class R>                                             \
+  void weight_grad(const WeightGradArgs<R>&, const Threads&);    \
+  template <class R>                                             \
+  void sae_backward(const SaeGradArgs<R>&, const Threads&);      \
+  template <class R>                                             \
+  void sae_backward_adam(const SaeAdamArgs<R>&, const Threads&); \
+  template <class R>                                             \
+  void adam_rows(const AdamRowsArgs<R>&, const Threads&);        \
   }
 
 RK_DECLARE_KERNELS(baseline)

@@ -108,16 +108,16 @@ R* out(const MaybeTensor& t) {
 }
 
 #if defined(__x86_64__)
-#define RK_RUN(kernel, args)               \
-  switch (isa()) {                         \
-    case Isa::kAvx512:                     \
-      avx512::kernel(args, pool());        \
-      break;                               \
-    case Isa::kAvx2:                       \
-      avx2::kernel(args, pool());          \
-      break;                               \
-    default:                               \
-      baseline::kernel(args, pool());      \
+#define RK_RUN(kernel, args)          \
+  switch (isa()) {                    \
+    case Isa::kAvx512:                \
+      avx512::kernel(args, pool());   \
+      break;                          \
+    case Isa::kAvx2:                  \
+      avx2::kernel(args, pool());     \
+      break;                          \
+    default:                          \
+      baseline::kernel(args, pool()); \
   }
 #else
 #define RK_RUN(kernel, args) baseline::kernel(args, pool())
@@ -144,8 +144,8 @@ void check(const char* op, const char* name, const Tensor& t, ScalarType dtype, 
   }
   STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", expected, "]; got ", shape_of(t));
   STD_TORCH_CHECK(
-      t.scalar_type() == dtype, op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
-      " where ", torch::headeronly::toString(dtype), " is expected");
+      t.scalar_type() == dtype, op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), " where ",
+      torch::headeronly::toString(dtype), " is expected");
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
@@ -207,8 +207,8 @@ std::tuple<Tensor, Tensor> topk_encode(
   with_row_type(op, dtype, [&](auto type) {
     using R = typename decltype(type)::type;
     using T = Compute<R>;
-    const EncodeArgs<R> args{
-        in<R>(x), in<R>(W_enc), in<T>(b_enc), in<T>(b_dec), N, d, F, k, out<R>(values), out<int64_t>(indices)};
+    const EncodeArgs<R> args{in<R>(x), in<R>(W_enc),   in<T>(b_enc),         in<T>(b_dec), N, d, F,
+                             k,        out<R>(values), out<int64_t>(indices)};
     RK_RUN(topk_encode, args);
   });
   return {values, indices};
@@ -223,9 +223,9 @@ void decode_into(
     using T = Compute<R>;
     with_index_type(op, indices.scalar_type(), [&](auto index_type) {
       using I = typename decltype(index_type)::type;
-      const DecodeArgs<R, I> args{
-          in<R>(values), in<R>(mask), in<I>(indices), in<R>(W), in<T>(b_dec), in<R>(x), indices.size(0),
-          indices.size(1), W.size(1), out<R>(result), out<T>(sq)};
+      const DecodeArgs<R, I> args{in<R>(values), in<R>(mask),    in<I>(indices),  in<R>(W),
+                                  in<T>(b_dec),  in<R>(x),       indices.size(0), indices.size(1),
+                                  W.size(1),     out<R>(result), out<T>(sq)};
       RK_RUN(sparse_decode, args);
     });
   });
@@ -271,8 +271,7 @@ LatentMajor by_latent(const Tensor& indices, const MaybeTensor& skip_where_zero,
   LatentMajor list{};
   with_index_type("indices", indices.scalar_type(), [&](auto type) {
     using I = typename decltype(type)::type;
-    list = latent_major<R, I>(
-        in<I>(indices), in<R>(skip_where_zero), indices.size(0), indices.size(1), F, pool());
+    list = latent_major<R, I>(in<I>(indices), in<R>(skip_where_zero), indices.size(0), indices.size(1), F, pool());
   });
   return list;
 }
@@ -303,8 +302,18 @@ std::tuple<MaybeTensor, MaybeTensor> sparse_decode_backward(
     using R = typename decltype(type)::type;
     if (need_W) {
       const WeightGradArgs<R> args{
-          by_latent<R>(indices, std::nullopt, F), in<R>(grad), nullptr, in<R>(values), nullptr, in<R>(W_dec), F, k, d,
-          out<R>(dvalues), out<R>(dW), nullptr};
+          by_latent<R>(indices, std::nullopt, F),
+          in<R>(grad),
+          nullptr,
+          in<R>(values),
+          nullptr,
+          in<R>(W_dec),
+          F,
+          k,
+          d,
+          out<R>(dvalues),
+          out<R>(dW),
+          nullptr};
       RK_RUN(weight_grad, args);
     } else if (need_values) {
       with_index_type(op, indices.scalar_type(), [&](auto index_type) {
@@ -347,8 +356,18 @@ std::tuple<MaybeTensor, MaybeTensor, Tensor> topk_encode_backward(
     using R = typename decltype(type)::type;
     using T = Compute<R>;
     const WeightGradArgs<R> args{
-        by_latent<R>(indices, values, F), in<R>(x), in<T>(b_dec), in<R>(grad_values), nullptr, nullptr, F, k, d,
-        nullptr, out<R>(dW), out<T>(db)};
+        by_latent<R>(indices, values, F),
+        in<R>(x),
+        in<T>(b_dec),
+        in<R>(grad_values),
+        nullptr,
+        nullptr,
+        F,
+        k,
+        d,
+        nullptr,
+        out<R>(dW),
+        out<T>(db)};
     RK_RUN(weight_grad, args);
   });
   return {dx, dW, db};
@@ -379,8 +398,19 @@ void sae_backward(
     using R = typename decltype(type)::type;
     using T = Compute<R>;
     const SaeGradArgs<R> args{
-        by_latent<R>(indices, values, F), in<R>(e), in<R>(x), in<R>(values), in<R>(W_dec), in<T>(b_dec), F,
-        indices.size(1), d, static_cast<T>(scale), out<T>(dW_enc), out<T>(db_enc), out<T>(dW_dec)};
+        by_latent<R>(indices, values, F),
+        in<R>(e),
+        in<R>(x),
+        in<R>(values),
+        in<R>(W_dec),
+        in<T>(b_dec),
+        F,
+        indices.size(1),
+        d,
+        static_cast<T>(scale),
+        out<T>(dW_enc),
+        out<T>(db_enc),
+        out<T>(dW_dec)};
     RK_RUN(sae_backward, args);
   });
 }
@@ -416,9 +446,9 @@ Tensor sae_backward_adam(
   check(op, "x", x, dtype, {N, d});
   check(op, "e", e, dtype, {N, d});
   check(op, "b_dec", b_dec, ct, {d});
-  const std::pair<const char*, const Tensor&> matrices[] = {
-      {"W_enc", W_enc},     {"W_dec", W_dec},     {"m_W_enc", m_W_enc},
-      {"v_W_enc", v_W_enc}, {"m_W_dec", m_W_dec}, {"v_W_dec", v_W_dec}};
+  const std::pair<const char*, const Tensor&> matrices[] = {{"W_enc", W_enc},     {"W_dec", W_dec},
+                                                            {"m_W_enc", m_W_enc}, {"v_W_enc", v_W_enc},
+                                                            {"m_W_dec", m_W_dec}, {"v_W_dec", v_W_dec}};
   for (const auto& [name, tensor] : matrices) {
     check(op, name, tensor, dtype, {F, d});
   }
@@ -453,11 +483,31 @@ Tensor sae_backward_adam(
     using R = typename decltype(type)::type;
     using T = Compute<R>;
     const SaeAdamArgs<R> args{
-        by_latent<R>(indices, values, F), in<R>(e), in<R>(x), in<R>(values), in<T>(b_dec), F, indices.size(1), d,
-        static_cast<T>(scale), out<R>(W_enc), out<R>(b_enc), out<R>(W_dec), out<R>(m_W_enc), out<R>(v_W_enc),
-        out<R>(m_b_enc), out<R>(v_b_enc), out<R>(m_W_dec), out<R>(v_W_dec),
-        adam_scalars<T>(lr, beta1, beta2, eps, bias_correction1, bias_correction2), remove_parallel, unit_norm,
-        position.empty() ? nullptr : position.data(), in<T>(extra_dW_enc), in<T>(extra_db_enc), in<T>(extra_dW_dec),
+        by_latent<R>(indices, values, F),
+        in<R>(e),
+        in<R>(x),
+        in<R>(values),
+        in<T>(b_dec),
+        F,
+        indices.size(1),
+        d,
+        static_cast<T>(scale),
+        out<R>(W_enc),
+        out<R>(b_enc),
+        out<R>(W_dec),
+        out<R>(m_W_enc),
+        out<R>(v_W_enc),
+        out<R>(m_b_enc),
+        out<R>(v_b_enc),
+        out<R>(m_W_dec),
+        out<R>(v_W_dec),
+        adam_scalars<T>(lr, beta1, beta2, eps, bias_correction1, bias_correction2),
+        remove_parallel,
+        unit_norm,
+        position.empty() ? nullptr : position.data(),
+        in<T>(extra_dW_enc),
+        in<T>(extra_db_enc),
+        in<T>(extra_dW_dec),
         out<T>(result)};
     RK_RUN(sae_backward_adam, args);
   });
@@ -485,8 +535,7 @@ void adam_rows(
   }
   double factor = 1;
   if (grad_scale.has_value()) {
-    STD_TORCH_CHECK(
-        grad_scale->numel() == 1, op, ": grad_scale must be one number; got shape ", shape_of(*grad_scale));
+    STD_TORCH_CHECK(grad_scale->numel() == 1, op, ": grad_scale must be one number; got shape ", shape_of(*grad_scale));
     with_scalar_type(op, grad_scale->scalar_type(), [&](auto type) {
       factor = static_cast<double>(*in<typename decltype(type)::type>(*grad_scale));
     });
@@ -495,8 +544,16 @@ void adam_rows(
     using R = typename decltype(type)::type;
     using T = Compute<R>;
     const AdamRowsArgs<R> args{
-        out<R>(W), in<R>(g), out<R>(m), out<R>(v), rows, d, static_cast<T>(factor),
-        adam_scalars<T>(lr, beta1, beta2, eps, bias_correction1, bias_correction2), remove_parallel, unit_norm};
+        out<R>(W),
+        in<R>(g),
+        out<R>(m),
+        out<R>(v),
+        rows,
+        d,
+        static_cast<T>(factor),
+        adam_scalars<T>(lr, beta1, beta2, eps, bias_correction1, bias_correction2),
+        remove_parallel,
+        unit_norm};
     RK_RUN(adam_rows, args);
   });
 }
@@ -540,7 +597,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refusal_kernels_cpu, m) {
       "Tensor? extra_dW_enc=None, Tensor? extra_db_enc=None, Tensor? extra_dW_dec=None) -> Tensor");
   m.def(
       "adam_rows(Tensor(a!) W, Tensor g, Tensor(b!) m, Tensor(c!) v, float lr, float beta1, float beta2, float eps, "
-      "float bias_correction1, float bias_correction2, Tensor? grad_scale, bool remove_parallel, bool unit_norm) -> ()");
+      "float bias_correction1, float bias_correction2, Tensor? grad_scale, bool remove_parallel, bool unit_norm) -> "
+      "()");
   // The instruction set in use ("default", "avx2", "avx512"); another one of this processor's; scratch held by all threads.
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");

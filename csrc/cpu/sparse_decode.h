@@ -43,7 +43,8 @@ RK_INLINE Vec<Compute<R>> decode_span(
       prefetch_span(a.W + static_cast<int64_t>(indices[ahead]) * a.d + c, kSpan);
     } else if (c + kSpan < a.d) {
       if (ahead - a.k < a.k) {
-        prefetch_span(a.W + static_cast<int64_t>(indices[ahead - a.k]) * a.d + c + kSpan, std::min(kSpan, a.d - c - kSpan));
+        prefetch_span(
+            a.W + static_cast<int64_t>(indices[ahead - a.k]) * a.d + c + kSpan, std::min(kSpan, a.d - c - kSpan));
       }
     } else if (next != nullptr && ahead - a.k < a.k) {
       prefetch_span(a.W + static_cast<int64_t>(next[ahead - a.k]) * a.d, std::min(kSpan, a.d));

@@ -22,8 +22,7 @@ void parallel_tasks(const Threads& threads, int64_t tasks, const F& f) {
     return;
   }
   threads.run(
-      tasks,
-      [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); },
+      tasks, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 

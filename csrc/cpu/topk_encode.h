@@ -29,13 +29,13 @@ constexpr int kTileLatents = 8;  // 8 x 3 accumulators + 3 of x + broadcasts in 
 constexpr int kTileLatents = 4;  // 4 x 3 + 3 + 1 in 16 registers
 #endif
 constexpr int kVecs = 3;
-constexpr int64_t kSumLength = 192;                   // 192 columns of a panel: 36 KiB of fp32 rows in AVX-512
+constexpr int64_t kSumLength = 192;  // 192 columns of a panel: 36 KiB of fp32 rows in AVX-512
 constexpr int64_t kDepth = 1024;
-constexpr int64_t kAheadSteps = 8;                    // about 100 cycles of multiply-adds
-constexpr int64_t kChunkElements = 128 * 1024;        // packed latents: half a MiB of fp32
+constexpr int64_t kAheadSteps = 8;  // about 100 cycles of multiply-adds
+constexpr int64_t kChunkElements = 128 * 1024;  // packed latents: half a MiB of fp32
 constexpr int64_t kPackedRowElements = 2 * 1024 * 1024;  // packed x per thread: 8 MiB of fp32
-constexpr int64_t kCandidateBytes = 16 << 20;         // candidates per thread, at least one panel's
-constexpr int64_t kRowsWorthSplitting = 512;          // rows per thread that amortise packing all of W_enc
+constexpr int64_t kCandidateBytes = 16 << 20;  // candidates per thread, at least one panel's
+constexpr int64_t kRowsWorthSplitting = 512;  // rows per thread that amortise packing all of W_enc
 
 template <class T>
 constexpr int64_t kPanelRows = kVecs * kLanes<T>;
@@ -93,8 +93,8 @@ RK_INLINE void multiply(const T* __restrict x, const T* __restrict w, int64_t de
 template <class T>
 struct Candidates {
   typename Candidate<T>::Key* keys;  // [rows, capacity]
-  T* threshold;                      // [rows]: a later latent must exceed it
-  int64_t* count;                    // [rows]
+  T* threshold;  // [rows]: a later latent must exceed it
+  int64_t* count;  // [rows]
   int64_t capacity, k;
 
   void push(int64_t row, T value, uint32_t index) {
@@ -110,7 +110,8 @@ struct Candidates {
 // Adds the bias to a finished tile and hands on what exceeds its row's threshold.
 template <class T, int V>
 RK_INLINE void filter(
-    T* tile, const T* bias, int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Candidates<T>& out) {
+    T* tile, const T* bias, int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows,
+    Candidates<T>& out) {
   constexpr int L = kLanes<T>;
   uint32_t survivors[kTileLatents * V * L + L];  // positions in the tile
   int64_t n = 0;

@@ -81,7 +81,8 @@ inline void narrow(float value, F16& out) {
     half = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and more round to infinity
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 puts the subnormal's last bit at the float's last bit
+  } else if (
+      magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 puts the subnormal's last bit at the float's last bit
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
