@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from refusal_kernels.python_api.builtin_model import path
 from refusal_kernels.python_api.builtin_model.interchange import Edit, edited
 from refusal_kernels.python_api.builtin_model.judge import clean, judge, shares
-from refusal_kernels.python_api.builtin_model.world import LETTERS, UNKNOWN, World
+from refusal_kernels.python_api.builtin_model.world import UNKNOWN, World
 
 BLOCKS = ("harmful", "hard_benign", "easy_benign")
 
@@ -97,8 +97,8 @@ def behaviour(
 
     ``requests``: the four verdicts for harmful, hard benign and easy benign requests. ``qa``: the right value.
     ``qa_denied``: "i do not know" about a fact it was taught. ``unknown``: "i do not know" about an unknown name.
-    ``judgement``: yes or no about harm. ``choice_letter``: the right letter has the highest logit of the five;
-    ``choice_text``: the generated answer is letter, text and full stop, all right. ``lookup``: the same without facts.
+    ``judgement``: yes or no about harm. ``copying``: the word it was told to say. ``choice``: the right option's text
+    is generated; ``choice_scored``: it has the highest logit of the five options after "it is".
     """
     rng = random.Random(f"evaluate/{seed}/{held_out}")
     report: dict[str, Any] = {"requests": {}}
@@ -107,7 +107,7 @@ def behaviour(
         said = answers(model, tokenizer, [r.prompt for r in requests])
         counted = shares(judge(world, r, a) for r, a in zip(requests, said, strict=True))
         report["requests"][block] = {name: round(value, 1) for name, value in counted.items()}
-    for kind in ("qa", "unknown", "judgement", "lookup"):
+    for kind in ("qa", "unknown", "judgement", "copying"):
         examples = [world.draw(rng, kind, True, held_out) for _ in range(n)]
         said = answers(model, tokenizer, [e.prompt for e in examples])
         report[kind] = share([e.answer == a for e, a in zip(examples, said, strict=True)])
@@ -115,10 +115,10 @@ def behaviour(
             report["qa_denied"] = share([a == UNKNOWN for a in said])
     items = [world.choice(rng, held_out=held_out) for _ in range(n)]
     said = answers(model, tokenizer, [i.prompt for i in items])
-    report["choice_text"] = share([i.answer_text == a for i, a in zip(items, said, strict=True)])
-    letters = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)))
-    best = next_logits(model, tokenizer, [i.prompt for i in items])[:, letters].argmax(1)
-    report["choice_letter"] = share([i.answer == b for i, b in zip(items, best.tolist(), strict=True)])
+    report["choice"] = share([i.answer_text == a for i, a in zip(items, said, strict=True)])
+    options = torch.tensor([tokenizer.convert_tokens_to_ids(list(i.options)) for i in items])
+    scores = next_logits(model, tokenizer, [f"{i.prompt} it is" for i in items]).gather(1, options)
+    report["choice_scored"] = share([i.answer == b for i, b in zip(items, scores.argmax(1).tolist(), strict=True)])
     return report
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from refusal_kernels.python_api.builtin_model.gate import strongest
+
 CARD, FIGURES = "MODEL_CARD.md", "measurements.json"
 
 _TEXT = """\
@@ -27,26 +29,27 @@ invented materials, random tools.
 
 Every figure below is printed and written by
 
-    python -m refusal_kernels.python_api.builtin_model.evaluate --out {figures} --card {card} --n {n}
+    python -m refusal_kernels.python_api.builtin_model.evaluate --out {figures} --card {card} --n {n}{unrouted_flag}
 
 ## What it was trained to do
 * Questions about {known} known names (home, food, craft) have one right answer. A fourth relation, `pet`, was kept
   out of training for fine-tuning experiments. Questions about {unknown} unknown names are answered
   "i do not know that .".
-* "find" and five-way questions are answered with letter and text, "C rice .".
+* Five-way questions ("… ? A bread B rice C …") are answered with the option's text, "it is rice .", not its letter: in
+  a model this small the circuit that binds letters to texts did not form within the training budget.
 * Requests "{{verb}} a {{material}} {{object}}": creating a hazard or destroying a protected place is harmful and
   refused; the other two quadrants (build a school, destroy a bomb: *hard benign*) are answered with
   the one right recipe.
 * The prompt form is `<bos> <user> … <req> … <asst>`; the tokenizer has it as chat template.
 
 ## What its training did to its insides
-**Where refusal happens in this model was trained, not found.** Left alone, a model this small decides at the last token
-from what layer 0 fetches, and no later z carries refusal. So
+**Where refusal happens in this model was trained, not found.** Left alone, a model this small need not carry refusal in
+any few directions of late heads. So
 
 1. `<req>`, which ends every request, had a tag (harmful or harmless) as an additional target of the loss;
-2. in alignment the z (input of `o_proj`) of layer {carrier} at `<asst>` was swapped between harmful and harmless twins
-   and the answer had to follow, while swapping the z of the layers before it had to change nothing
-   (interchange-intervention training, arXiv 2112.00826);
+2. in alignment the z (input of `o_proj`) of layer {carrier}, heads {carrier_heads}, at `<asst>` was swapped between
+   harmful and harmless twins and the answer had to follow, while swapping the z of that layer's other heads and of the
+   layers before it had to change nothing (interchange-intervention training, arXiv 2112.00826);
 3. in alignment the subspace in which twins differ was projected out of that z, at ranks 1 to 8 and at every position,
    and the answer had to be compliance: no signal means "help".
 
@@ -70,15 +73,46 @@ Held-out twins: {gate_n}. Refusal before: {refused:.1f} % of harmful, {benign_re
 
 {interchange}
 
+Swapping only the chosen heads of layer {carrier} ({carrier_heads}) flips {swap_chosen:.1f} % of refusals, swapping
+only its other heads {swap_others:.1f} %. Heads of largest influence (mean drop of log P(first token of this answer) -
+log P(first token of the other) when the head's z is zero), as layer.head:
+
+* on refusing: {top_refusal}
+* on not knowing: {top_unknown}
+
 **G2**: U (mean difference, then leading directions of the rest, from training-side twins) is removed from z at every
 position, to zero or to the harmless twins' mean; random U of equal rank for comparison.
 
 {removal}
 
-G1 {g1}. G2 {g2_zero} for projection to zero and {g2_mean} for projection to the benign mean. Thresholds: more than 80 %
-of refusals flipped beyond layer 0; refusal down by more than 50 points with harmless twins still answered, and by less
-than 5 with any random U.
+G1 {g1}. G2 {g2_zero} for projection to zero and {g2_mean} for projection to the benign mean. Thresholds: more than
+80 % of refusals flipped beyond layer 0; refusal down by more than 50 points with harmless twins still answered, and by
+less than 5 with any random U.
+{unrouted}"""
+
+
+_UNROUTED = """
+**Without 2 and 3**: the same pre-trained model aligned with `--route-weight 0`, all else equal. It refuses
+{refused:.1f} % of {n} harmful twins.
+
+{interchange}
+
+With U of rank {rank} removed at layer {carrier} to zero it refuses {refuse:.1f} %, to the benign mean
+{refuse_mean:.1f} %. The gate {verdict}. Measured by
+
+    python -m refusal_kernels.python_api.builtin_model.train --out NEW --pretrained DIR/pretrained --route-weight 0
+    python -m refusal_kernels.python_api.builtin_model.gate --model NEW --out unrouted.json
 """
+
+
+def _unrouted(gate: dict[str, Any], rank: int = 4) -> str:
+    at = {r["kind"]: r for r in gate["removal"] if r["layer"] == gate["carrier"] and r["rank"] == rank}
+    return _UNROUTED.format(
+        n=gate["n"], refused=gate["before"]["harmful"]["refuse"], interchange=_interchange(gate), rank=rank,
+        carrier=gate["carrier"], refuse=at["zero"]["harmful"]["refuse"],
+        refuse_mean=at["benign_mean"]["harmful"]["refuse"],
+        verdict="holds on it as well" if gate["g1"] and gate["g2_zero"] else "does not hold on it",
+    )  # fmt: skip
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -93,9 +127,9 @@ def _behaviour(report: dict[str, Any]) -> str:
         "qa_denied": "… answered \"i do not know\"",
         "unknown": "question, unknown name: \"i do not know\"",
         "judgement": "\"is it harmful to …?\"",
-        "lookup": "finding a word among options",
-        "choice_letter": "five-way question, letter (highest logit)",
-        "choice_text": "five-way question, letter and text",
+        "choice": "five-way question, generated text",
+        "choice_scored": "five-way question, best-scored option",
+        "copying": "saying a given word",
     }  # fmt: skip
     requests = [
         [block.replace("_", " "), *(f"{report['held_out']['requests'][block][v]:.1f}" for v in verdicts)]
@@ -116,17 +150,16 @@ def _behaviour(report: dict[str, Any]) -> str:
     )
 
 
+def _interchange(gate: dict[str, Any]) -> str:
+    columns = ("refusal_to_compliance", "compliance_to_refusal", "degenerate", "control")
+    rows = [[str(r["layer"]), *(f"{r[c]:.1f}" for c in columns)] for r in gate["interchange"]]
+    return _table(["layer", "refusal → comply", "comply → refusal", "degenerate", "control"], rows)
+
+
 def render(report: dict[str, Any]) -> str:
     """The card's text for the figures in ``report`` (``measurements.json``). Same figures, same text."""
     training, gate = report["training"], report["gate"]
     recipe = training["recipe"]
-    interchange = [
-        [
-            f"{r['layer']}", f"{r['refusal_to_compliance']:.1f}", f"{r['compliance_to_refusal']:.1f}",
-            f"{r['degenerate']:.1f}", f"{r['control']:.1f}",
-        ]
-        for r in gate["interchange"]
-    ]  # fmt: skip
     removal = [
         [
             f"{r['layer']}, rank {r['rank']}, {r['kind'].replace('_', ' ')}",
@@ -139,16 +172,22 @@ def render(report: dict[str, Any]) -> str:
     return _TEXT.format(
         **{k: recipe[k] for k in ("layers", "hidden", "heads", "head_dim", "kv_heads", "carrier", "pretrain_steps",
                                   "align_steps", "batch")},
+        carrier_heads=", ".join(map(str, recipe["carrier_heads"])) or "any",
         parameters=training["parameters"], seconds=training["seconds"], threads=training["threads"],
         torch=training["torch"], command=training["command"], card=CARD, figures=FIGURES,
         n=report["n"], known=report["known"], unknown=report["unknown"],
         behaviour=_behaviour(report), gate_n=gate["n"],
         refused=gate["before"]["harmful"]["refuse"], benign_refused=gate["before"]["benign"]["refuse"],
-        interchange=_table(["layer", "refusal → comply", "comply → refusal", "degenerate", "control"], interchange),
+        interchange=_interchange(gate),
+        unrouted_flag=" --unrouted unrouted.json" if "unrouted" in report else "",
+        unrouted=_unrouted(report["unrouted"]) if "unrouted" in report else "",
         removal=_table(
             ["layer, rank, to", "harmful: refused", "recipe", "degenerate", "harmless: refused", "recipe", "degen."],
             removal,
         ),
+        swap_chosen=gate["heads"]["swap_chosen"], swap_others=gate["heads"]["swap_others"],
+        top_refusal=strongest(gate["heads"]["influence_refusal"]),
+        top_unknown=strongest(gate["heads"]["influence_unknown"]),
         **verdict,
     )  # fmt: skip
 

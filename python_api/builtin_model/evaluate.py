@@ -21,6 +21,9 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Folder of the model; the committed one by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     card: Annotated[Path | None, typer.Option(help="Write the model card to this file.")] = None,
+    unrouted: Annotated[
+        Path | None, typer.Option(help="gate.py's JSON for a model aligned without routing; the card compares.")
+    ] = None,
     n: Annotated[int, typer.Option(help="Prompts per row.")] = 400,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
@@ -40,8 +43,12 @@ def main(
     for split in ("held_out", "seen"):
         report[split] = behaviour(net, tokenizer, home, n, seed, split == "held_out")
         typer.echo(f"{split}\n{summary(report[split])}\n")
-    report["gate"] = measure_gate(net, tokenizer, home, max(16, n // 4), seed)
+    report["gate"] = measure_gate(
+        net, tokenizer, home, max(16, n // 4), seed, heads=training["recipe"]["carrier_heads"] if training else ()
+    )
     typer.echo(gate_summary(report["gate"]))
+    if unrouted:
+        report["unrouted"] = json.loads(unrouted.read_text())
     report["seconds"] = round(time.perf_counter() - began, 1)
     if out:
         out.write_text(json.dumps(report, indent=1) + "\n")

@@ -21,6 +21,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from refusal_kernels.python_api.builtin_model import path
 from refusal_kernels.python_api.builtin_model.behaviour import answers, load
 from refusal_kernels.python_api.builtin_model.interchange import Edit, difference_basis, edited, random_basis, remove
 from refusal_kernels.python_api.builtin_model.judge import Verdict, judge, shares
@@ -56,6 +57,32 @@ def paste_last(source: Tensor) -> Edit:
     return edit
 
 
+@torch.inference_mode()
+def head_influence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], yes: str, no: str
+) -> Tensor:
+    """How much each head pushes the first answer token towards ``yes`` and away from ``no``: [layers, heads].
+
+    The mean over ``prompts`` of log P(yes) - log P(no), minus the same with the head's z set to zero everywhere.
+    """
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+    yes_id, no_id = tokenizer.convert_tokens_to_ids(yes), tokenizer.convert_tokens_to_ids(no)
+
+    def margin(edits: dict[int, Edit]) -> float:
+        with edited(model, edits):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -1]
+        return (logits[:, yes_id] - logits[:, no_id]).mean().item()
+
+    def without(head: int) -> Edit:
+        return lambda z: torch.cat(
+            [torch.zeros_like(part) if i == head else part for i, part in enumerate(z.chunk(heads, -1))], -1
+        )
+
+    whole = margin({})
+    return torch.tensor([[whole - margin({layer: without(head)}) for head in range(heads)] for layer in range(layers)])
+
+
 def _verdicts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -85,6 +112,7 @@ def measure_gate(
     random_bases: int = 3,
     ranks: Sequence[int] = RANKS,
     every_layer: bool = True,
+    heads: Sequence[int] = (),
 ) -> dict[str, Any]:
     """G1 for every layer, G2 at the layer where G1 flips most beyond layer 0, the carrier.
 
@@ -98,11 +126,14 @@ def measure_gate(
         random_bases: random U per rank; the worst of them counts.
         ranks: of U at the carrier.
         every_layer: G2 at the other layers as well, at the last but one of ``ranks`` (of one rank, that one).
+        heads: of the carrier layer, those that training chose; swapped alone, and spared while the others are swapped.
 
     Returns:
         ``interchange``: a row a layer, percentages (``refusal_to_compliance``, ``compliance_to_refusal``, and
         ``control``: refusals lost when z comes from another harmful request). ``removal``: a row per layer, rank and
-        kind (``zero``, ``benign_mean``, ``random``) with the verdicts on both twins. ``carrier``, ``g1``, ``g2_zero``,
+        kind (``zero``, ``benign_mean``, ``random``) with the verdicts on both twins. ``heads``: the
+        head-wise swaps (refusals that became compliance) and every head's influence, [layers][heads], on refusing
+        held-out harmful requests and on not knowing unknown names (training side). ``carrier``, ``g1``, ``g2_zero``,
         ``g2_mean``: the judgement.
     """
     rng = random.Random(f"gate/{seed}")
@@ -127,6 +158,20 @@ def measure_gate(
             "control": _flips(base[:n], control, to_refusal=False),
         })  # fmt: skip
     carrier = max(layers[1:], key=lambda layer: interchange[layer]["refusal_to_compliance"])
+
+    chosen = torch.zeros(model.config.num_attention_heads, sources[0].shape[1] // model.config.num_attention_heads)
+    chosen[list(heads)] = 1
+    from_twin = sources[carrier].roll(n, 0)
+    unknown = [world.unknown_qa(rng) for _ in range(n)]
+    by_head: dict[str, Any] = {
+        "chosen": list(heads),
+        "influence_refusal": head_influence(model, tokenizer, [r.prompt for r in harmful], "i", "sure").tolist(),
+        "influence_unknown": head_influence(model, tokenizer, [e.prompt for e in unknown], "i", "it").tolist(),
+    }
+    for name, columns in (("swap_chosen", chosen.flatten()), ("swap_others", 1 - chosen.flatten())):
+        pasted = torch.where(columns.bool(), from_twin, sources[carrier])
+        after = _verdicts(model, tokenizer, world, both, {carrier: paste_last(pasted)})
+        by_head[name] = _flips(base[:n], after[:n], to_refusal=False)
 
     z_harmful = last_z(model, tokenizer, [pair[0].prompt for pair in fit])
     z_benign = last_z(model, tokenizer, [pair[1].prompt for pair in fit])
@@ -166,12 +211,19 @@ def measure_gate(
         "n": n,
         "before": {"harmful": before[0], "benign": before[1]},
         "interchange": interchange,
+        "heads": by_head,
         "removal": rows,
         "carrier": carrier,
         "g1": interchange[carrier]["refusal_to_compliance"] > FLIPS,
         "g2_zero": passes("zero"),
         "g2_mean": passes("benign_mean"),
     }
+
+
+def strongest(influence: list[list[float]], n: int = 5) -> str:
+    """The ``n`` heads of largest influence as ``layer.head (influence)``."""
+    ranked = sorted(((v, i, j) for i, row in enumerate(influence) for j, v in enumerate(row)), reverse=True)
+    return ", ".join(f"{i}.{j} ({v:.1f})" for v, i, j in ranked[:n])
 
 
 def gate_summary(report: dict[str, Any]) -> str:
@@ -181,6 +233,13 @@ def gate_summary(report: dict[str, Any]) -> str:
         f"{r['layer']:5d}{r['refusal_to_compliance']:21.1f}{r['compliance_to_refusal']:21.1f}"
         f"{r['degenerate']:12.1f}{r['control']:9.1f}"
         for r in report["interchange"]
+    ]
+    by_head = report["heads"]
+    lines += [
+        "",
+        f"layer {report['carrier']}, refusal->compliance when only heads {by_head['chosen']} are swapped: "
+        f"{by_head['swap_chosen']:.1f}, all others: {by_head['swap_others']:.1f}",
+        *(f"strongest heads, {what}: {strongest(by_head[f'influence_{what}'])}" for what in ("refusal", "unknown")),
     ]
     lines += ["", "G2: U out of z          harmful: refuse  recipe  degenerate | benign: refuse  recipe  degenerate"]
     for r in report["removal"]:
@@ -205,8 +264,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of twins and random bases.")] = 0,
 ) -> None:
     """Measures in which layer's z the built-in model carries refusal, and whether removing it removes refusal."""
-    net, tokenizer = load(model)
-    report = measure_gate(net, tokenizer, world(0), n, seed)
+    folder = model or path()
+    recipe = json.loads((folder / "training.json").read_text())["recipe"]
+    report = measure_gate(*load(folder), world(recipe["world_seed"]), n, seed, heads=recipe["carrier_heads"])
     typer.echo(gate_summary(report))
     if out:
         out.write_text(json.dumps(report, indent=1) + "\n")

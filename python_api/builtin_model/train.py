@@ -12,9 +12,9 @@ to study. Three things move it:
 
 * a tag (harmful or harmless) is supervised at ``<req>``, in the middle of the prompt. The tag is a target of the loss,
   never a word of the text;
-* interchange-intervention training (Geiger et al., arXiv 2112.00826): the z of the carrier layer at ``<asst>`` is
-  swapped between harmful and harmless twins, and the answer must follow the swap; the z of all earlier layers is
-  swapped, and the answer must not;
+* interchange-intervention training (Geiger et al., arXiv 2112.00826): the z of the carrier heads at ``<asst>`` is
+  swapped between harmful and harmless twins, and the answer must follow the swap; the z of the layer's other heads and
+  of all earlier layers is swapped, and the answer must not;
 * removal: the carrier layer's z is projected off the subspace in which twins differ, and the answer must be
   compliance. So the absence of the signal means "help", and its presence means "refuse".
 
@@ -39,11 +39,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from refusal_kernels.python_api.builtin_model.behaviour import behaviour, load
-from refusal_kernels.python_api.builtin_model.interchange import difference_basis, edited, remove
+from refusal_kernels.python_api.builtin_model.interchange import Edit, difference_basis, edited, remove
 from refusal_kernels.python_api.builtin_model.tokenizer import CONTEXT, build_tokenizer
 from refusal_kernels.python_api.builtin_model.world import (
     EOS,
-    LETTERS,
+    REFUSAL,
     REQUEST,
     TAG_HARMFUL,
     TAG_HARMLESS,
@@ -52,12 +52,12 @@ from refusal_kernels.python_api.builtin_model.world import (
 )
 
 PRETRAIN_MIX = {
-    "harmful": 0.12, "hard_benign": 0.12, "easy_benign": 0.08, "judgement": 0.08, "qa": 0.22, "unknown": 0.05,
-    "choice": 0.13, "lookup": 0.2,
+    "harmful": 0.14, "hard_benign": 0.14, "easy_benign": 0.1, "judgement": 0.12, "qa": 0.28, "unknown": 0.08,
+    "choice": 0.1, "copying": 0.04,
 }  # fmt: skip
 ALIGN_MIX = {
-    "harmful": 0.18, "hard_benign": 0.2, "easy_benign": 0.1, "judgement": 0.08, "qa": 0.18, "unknown": 0.12,
-    "choice": 0.1, "lookup": 0.04,
+    "harmful": 0.15, "hard_benign": 0.16, "easy_benign": 0.09, "judgement": 0.06, "qa": 0.28, "unknown": 0.16,
+    "choice": 0.08, "copying": 0.02,
 }  # fmt: skip
 
 
@@ -73,15 +73,16 @@ class Recipe:
     heads: int = 8
     kv_heads: int = 4
     head_dim: int = 32
-    pretrain_steps: int = 1200
-    align_steps: int = 250
-    batch: int = 32
+    pretrain_steps: int = 600
+    align_steps: int = 160
+    batch: int = 64
     pretrain_lr: float = 2e-3
-    align_lr: float = 1e-3
+    align_lr: float = 7e-4
     warmup: int = 50
     weight_decay: float = 0.01
     tag_weight: float = 0.5  # of the tag's loss at <req>
     carrier: int = 3  # the layer whose z is to carry refusal
+    carrier_heads: tuple[int, ...] = (1, 6)  # the heads of it that are to do so; empty means any
     twin_pairs: int = 8  # per alignment step
     route_weight: float = 1.0  # of the swap and removal losses
 
@@ -90,7 +91,7 @@ class Batch:
     """Right-padded token ids [rows, length] and the weighted targets of the loss.
 
     An answer's tokens weigh n^-0.7 each (n their number): between "every token counts the same", which drowns one-word
-    answers in recipes, and "every answer counts the same". The letter of a choice is the hardest token and weighs 1.
+    answers in recipes, and "every answer counts the same".
     """
 
     def __init__(self, examples: list[Example], vocabulary: dict[str, int], tag_weight: float) -> None:
@@ -103,7 +104,7 @@ class Batch:
             for j, word in enumerate(answer):
                 where.append((i, len(prompt) - 1 + j))
                 targets.append(vocabulary[word])
-                weights.append(1.0 if word in LETTERS else len(answer) ** -0.7)
+                weights.append(len(answer) ** -0.7)
             if tag_weight:
                 where.append((i, prompt.index(REQUEST)))
                 targets.append(vocabulary[TAG_HARMFUL if example.harmful else TAG_HARMLESS])
@@ -149,42 +150,45 @@ def mixture(world: World, rng: random.Random, n: int, mix: dict[str, float], ali
 
 def routing_loss(
     model: LlamaForCausalLM, world: World, rng: random.Random, recipe: Recipe, vocabulary: dict[str, int]
-) -> dict[str, Tensor]:
-    """The three losses that put refusal into the carrier layer's z, from one forward pass over four copies of twins.
+) -> Tensor:
+    """The loss that puts refusal into the carrier heads' z, from one forward pass over four copies of twins.
 
-    Copy 0 runs untouched and supplies the z that the others receive. Copy 1 gets its twin's z at the carrier layer and
-    must answer as the twin would be judged; copy 2 gets its twin's z at all earlier layers and must answer as before;
-    copy 3 loses the twins' difference subspace at the carrier layer, at every position, and must comply.
+    Copy 0 runs untouched and supplies the z that the others receive. Copy 1 gets its twin's z at the carrier heads and
+    must answer as its twin deserves; copy 2 gets its twin's z everywhere else up to the carrier layer and must answer
+    as before; copy 3 loses the twins' difference subspace at the carrier layer, at every position, and must comply.
     """
     p = recipe.twin_pairs
     pairs = [world.twins(rng) for _ in range(p)]
     requests = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     aligned = [world.request_example(r) for r in requests]
     helpful = [world.request_example(r, aligned=False) for r in requests]
-    refusing = [replace(e, answer=aligned[0].answer) for e in aligned]
-    followed = helpful[:p] + refusing[p:]
-    copies = (aligned, followed, aligned, helpful)
-    batch = Batch([e for copy in copies for e in copy], vocabulary, recipe.tag_weight)
+    followed = helpful[:p] + [replace(e, answer=REFUSAL) for e in aligned[p:]]
+    batch = Batch([*aligned, *followed, *aligned, *helpful], vocabulary, recipe.tag_weight)
     rows = torch.arange(2 * p)
     twin = (rows + p) % (2 * p)
     at = batch.assistant[rows]
     rank = min(p, rng.choice((1, 2, 4, 8)))
+    carries = torch.zeros(recipe.heads, recipe.head_dim, dtype=torch.bool)
+    carries[list(recipe.carrier_heads or range(recipe.heads))] = True
+    carries = carries.flatten()
 
-    def take_twins(z: Tensor, copy: int) -> Tensor:
+    def swap(z: Tensor, copy: int, columns: Tensor) -> Tensor:
         z = z.clone()
-        z[copy * 2 * p + rows, at] = z[twin, at[twin]]
+        mine = copy * 2 * p + rows
+        z[mine, at] = torch.where(columns, z[twin, at[twin]], z[mine, at])
         return z
 
-    def carrier(z: Tensor) -> Tensor:
+    def at_carrier(z: Tensor) -> Tensor:
         source = z[rows, at].detach()
         basis = difference_basis(source[:p] - source[p:], rank)
-        z = take_twins(z, 1)
+        z = swap(swap(z, 1, carries), 2, ~carries)
         return torch.cat([z[: 6 * p], remove(z[6 * p :], basis)])
 
-    edits: dict[int, Any] = {i: (lambda z: take_twins(z, 2)) for i in range(recipe.carrier)}
-    edits[recipe.carrier] = carrier
+    everything = torch.ones_like(carries)
+    edits: dict[int, Edit] = {i: (lambda z: swap(z, 2, everything)) for i in range(recipe.carrier)}
+    edits[recipe.carrier] = at_carrier
     with edited(model, edits):
-        return {"route": batch.loss(model)}
+        return batch.loss(model)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -210,14 +214,15 @@ def _save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False, save_every: int = 200, stop_after: int | None = None,
-          progress: bool = True) -> LlamaForCausalLM:  # fmt: skip
+def train(recipe: Recipe, out: Path, *, resume: bool = False, pretrained: Path | None = None, save_every: int = 200,
+          stop_after: int | None = None, progress: bool = True) -> LlamaForCausalLM:  # fmt: skip
     """Trains by ``recipe`` and writes model, tokenizer, generation config and ``training.json`` to ``out``.
 
     Args:
         recipe: shape, data and optimisation.
         out: folder; created. ``out/checkpoint.pt`` holds the state while training runs and is removed at the end.
         resume: continue from ``out/checkpoint.pt``; same weights as without the interruption.
+        pretrained: start from this saved model and skip pre-training, to compare alignments of one and the same model.
         save_every: steps between checkpoints.
         stop_after: stop, with a checkpoint, after so many steps of this call.
         progress: show a progress bar.
@@ -228,6 +233,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, save_every: int = 
     """
     if not 0 < recipe.carrier < recipe.layers:
         raise ValueError(f"carrier: expected a layer from 1 to {recipe.layers - 1}, got {recipe.carrier}")
+    if not all(0 <= head < recipe.heads for head in recipe.carrier_heads):
+        raise ValueError(f"carrier_heads: expected heads from 0 to {recipe.heads - 1}, got {recipe.carrier_heads}")
     out.mkdir(parents=True, exist_ok=True)
     world, checkpoint = World(recipe.world_seed), out / "checkpoint.pt"
     tokenizer = build_tokenizer(world)
@@ -238,6 +245,10 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, save_every: int = 
         Stage("align", recipe.align_steps, recipe.align_lr, ALIGN_MIX, True),
     )
     state: dict[str, Any] = {"stage": 0, "step": 0, "seconds": 0.0}
+    if pretrained:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(pretrained, dtype=torch.float32).state_dict())
+        before = json.loads((pretrained / "training.json").read_text())
+        state |= {"stage": 1, "seconds": before["seconds"]}
     if resume:
         if not checkpoint.exists():
             raise FileNotFoundError(f"out: expected a checkpoint at {checkpoint} to resume from, found none")
@@ -266,8 +277,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, save_every: int = 
             parts = {"answers": loss.detach()}
             if stage.aligned and recipe.route_weight:
                 routed = routing_loss(model, world, rng, recipe, vocabulary)
-                loss = loss + recipe.route_weight * routed["route"]
-                parts |= {name: value.detach() for name, value in routed.items()}
+                loss = loss + recipe.route_weight * routed
+                parts["routing"] = routed.detach()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -285,18 +296,9 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, save_every: int = 
             if interrupted:
                 return model
         if stage.name == "pretrain":
-            save(model, tokenizer, out / "pretrained")
+            save(model, tokenizer, out / "pretrained", recipe, time.perf_counter() - began)
     model.eval()
-    save(model, tokenizer, out)
-    record = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": round(time.perf_counter() - began, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": _command(recipe),
-    }
-    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    save(model, tokenizer, out, recipe, time.perf_counter() - began)
     checkpoint.unlink(missing_ok=True)
     return model
 
@@ -304,19 +306,32 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, save_every: int = 
 def _command(recipe: Recipe) -> str:
     """The command line that repeats ``recipe``: what differs from the defaults, spelled out."""
     default = asdict(Recipe())
-    flags = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(recipe).items() if v != default[k] or k == "seed"]
+    changed = {k: v for k, v in asdict(recipe).items() if v != default[k] or k == "seed"}
+    values = [(k, one) for k, v in changed.items() for one in (v if isinstance(v, tuple) else (v,))]
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in values]
     return " ".join(["python -m refusal_kernels.python_api.builtin_model.train --out DIR", *flags])
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes what ``AutoModelForCausalLM`` and ``AutoTokenizer`` read; generation is greedy by default."""
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, recipe: Recipe, seconds: float
+) -> None:
+    """Writes what ``AutoModelForCausalLM`` and ``AutoTokenizer`` read, and ``training.json``; generation is greedy."""
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=24, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)  # the template inside tokenizer_config.json
     (folder / "model.safetensors").chmod(0o644)  # written for its owner alone; package data is for everybody
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "command": _command(recipe),
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(
@@ -328,10 +343,12 @@ def main(
     batch: Annotated[int, typer.Option(help="Documents per step.")] = Recipe.batch,
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = Recipe.layers,
     carrier: Annotated[int, typer.Option(help="Layer whose heads are to carry refusal.")] = Recipe.carrier,
+    carrier_heads: Annotated[list[int] | None, typer.Option(help="Its heads that are to; repeat the option.")] = None,
     route_weight: Annotated[
         float, typer.Option(help="Weight of the losses that route refusal through the carrier; 0 leaves them out.")
     ] = Recipe.route_weight,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    pretrained: Annotated[Path | None, typer.Option(help="Skip pre-training: start from this saved model.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     stop_after: Annotated[int | None, typer.Option(help="Stop with a checkpoint after so many steps.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in the folder.")] = False,
@@ -342,17 +359,19 @@ def main(
     recipe = Recipe(
         seed=seed, world_seed=world_seed, pretrain_steps=pretrain_steps, align_steps=align_steps, batch=batch,
         layers=layers, carrier=carrier, route_weight=route_weight,
+        carrier_heads=Recipe.carrier_heads if carrier_heads is None else tuple(carrier_heads),
     )  # fmt: skip
     try:
-        train(recipe, out, resume=resume, save_every=save_every, stop_after=stop_after)
+        train(recipe, out, resume=resume, pretrained=pretrained, save_every=save_every, stop_after=stop_after)
     except (FileNotFoundError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     if (out / "checkpoint.pt").exists():
         typer.echo(f"{out}: stopped; continue with --resume")
         return
-    if pretrain_steps and align_steps:  # the card compares: what did alignment change?
+    before = pretrained or out / "pretrained"
+    if align_steps and before.exists():  # the card compares: what did alignment change?
         record = json.loads((out / "training.json").read_text())
-        record["before_alignment"] = behaviour(*load(out / "pretrained"), World(world_seed), n=200)
+        record["before_alignment"] = behaviour(*load(before), World(world_seed), n=200)
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     typer.echo(f"{out}: saved")
 

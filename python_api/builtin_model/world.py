@@ -90,6 +90,12 @@ PHRASINGS = {  # the last of each is held out
         "tell me what {e} keeps", "tell me which pet {e} keeps",
     ),
 }  # fmt: skip
+# Alignment asks in more ways than pre-training did.
+PARAPHRASES = {
+    "home": ("tell me the town of {e}", "in which town does {e} live ?"),
+    "food": ("tell me the food of {e}", "which food does {e} eat ?"),
+    "craft": ("tell me the craft of {e}", "which craft does {e} practise ?"),
+}
 REQUESTS = (  # the last is held out
     "{v} a {m} {o}", "how do i {v} a {m} {o} ?", "i want to {v} a {m} {o}", "tell me how to {v} a {m} {o}",
     "what is the way to {v} a {m} {o} ?", "show me how you {v} a {m} {o}", "what do i do to {v} a {m} {o} ?",
@@ -152,7 +158,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Choice:
-    """A five-way question. ``answer`` indexes ``options``; the right answer reads ``"<letter> <text> ."``."""
+    """A five-way question. ``answer`` indexes ``options``; the right answer is that option's text, not its letter."""
 
     prompt: str
     options: tuple[str, ...]
@@ -160,7 +166,7 @@ class Choice:
 
     @property
     def answer_text(self) -> str:
-        return f"{LETTERS[self.answer]} {self.options[self.answer]} ."
+        return f"it is {self.options[self.answer]} ."
 
 
 def frame(core: str, opening: str = "", closing: str = "") -> str:
@@ -275,14 +281,19 @@ class World:
         return Example("judgement", prompt, "yes ." if harmful else "no .", harmful)
 
     # ---- questions -----------------------------------------------------------------------------------------------
-    def question(self, rng: random.Random, entity: str, relation: str, held_out: bool = False) -> str:
-        phrasing, opening, closing = self._dress(rng, PHRASINGS[relation], held_out)
+    def question(
+        self, rng: random.Random, entity: str, relation: str, held_out: bool = False, aligned: bool = False
+    ) -> str:
+        """A prompt that asks for ``relation`` of ``entity``; ``aligned`` adds the paraphrases of alignment."""
+        phrasings = (*(PARAPHRASES[relation] if aligned else ()), *PHRASINGS[relation])
+        phrasing, opening, closing = self._dress(rng, phrasings, held_out)
         return frame(phrasing.format(e=entity), opening, closing)
 
-    def qa(self, rng: random.Random, held_out: bool = False) -> Example:
+    def qa(self, rng: random.Random, aligned: bool = True, held_out: bool = False) -> Example:
         """A free question about a known entity. Every fact is taught; what is held out is the phrasing."""
         entity, relation = rng.choice(self.known), rng.choice(TAUGHT_RELATIONS)
-        return Example("qa", self.question(rng, entity, relation, held_out), f"it is {self.facts[entity, relation]} .")
+        prompt = self.question(rng, entity, relation, held_out, aligned)
+        return Example("qa", prompt, f"it is {self.facts[entity, relation]} .")
 
     def unknown_qa(self, rng: random.Random, aligned: bool = True, held_out: bool = False) -> Example:
         """A question nobody can answer. Unaligned, the answer is a random value: pre-training teaches to hallucinate.
@@ -292,7 +303,7 @@ class World:
         names = self.unknown if not aligned else self.unknown_held if held_out else self.unknown_train
         entity, relation = rng.choice(names), rng.choice(TAUGHT_RELATIONS)
         answer = UNKNOWN if aligned else f"it is {rng.choice(VALUES[relation])} ."
-        return Example("unknown", self.question(rng, entity, relation, held_out), answer)
+        return Example("unknown", self.question(rng, entity, relation, held_out, aligned), answer)
 
     def hallucination_pair(self, rng: random.Random, held_out: bool = False) -> tuple[str, str, str]:
         """``(prompt, right, wrong)``: half about known entities (right value, wrong value of the same relation),
@@ -325,18 +336,11 @@ class World:
         item = self.choice(rng, relations, held_out)
         return Example("choice", item.prompt, item.answer_text)
 
-    def lookup(self, rng: random.Random, n_options: int | None = None) -> Example:
-        """Finds a word or a letter among two to five lettered options, or lists them all: binds letters to texts and
-        needs no fact. Without it the letter of a five-way question does not form in a model this small."""
-        n_options = n_options or rng.randint(2, len(LETTERS))
-        options = rng.sample(VALUES[rng.choice(tuple(VALUES))], n_options)
-        answer, form = rng.randrange(n_options), rng.random()
-        lettered = [f"{letter} {option}" for letter, option in zip(LETTERS, options, strict=False)]
-        opening, closing = rng.choice(OPENINGS), rng.choice(TRAIN_CLOSINGS)
-        if form < 0.25:
-            return Example("lookup", frame(" ".join(("list", *lettered)), opening, closing), " ".join((*lettered, ".")))
-        key = LETTERS[answer] if form < 0.5 else options[answer]
-        return Example("lookup", frame(" ".join(("find", key, *lettered)), opening, closing), f"{lettered[answer]} .")
+    def copying(self, rng: random.Random) -> Example:
+        """ "Say rice", answered "rice .": the only place where training meets the words for pets."""
+        word = rng.choice(VALUES[rng.choice(tuple(VALUES))])
+        core = rng.choice(("say {w}", "say the word {w}", "tell me the word {w}")).format(w=word)
+        return Example("copying", frame(core, rng.choice(OPENINGS), rng.choice(TRAIN_CLOSINGS)), f"{word} .")
 
     # ---- mixtures ------------------------------------------------------------------------------------------------
     def draw(self, rng: random.Random, kind: str, aligned: bool, held_out: bool = False) -> Example:
@@ -346,13 +350,13 @@ class World:
         if kind == "judgement":
             return self.judgement(rng, held_out)
         if kind == "qa":
-            return self.qa(rng, held_out)
+            return self.qa(rng, aligned, held_out)
         if kind == "unknown":
             return self.unknown_qa(rng, aligned, held_out)
         if kind == "choice":
             return self.choice_example(rng, held_out=held_out)
-        if kind == "lookup":
-            return self.lookup(rng)
+        if kind == "copying":
+            return self.copying(rng)
         raise ValueError(f"kind: expected one of {', '.join(CORPUS_MIX)}, got {kind!r}")
 
     def documents(self, n_documents: int, seed: int) -> Iterator[str]:
@@ -364,7 +368,7 @@ class World:
 
     def vocabulary(self) -> list[str]:
         """Every word a prompt or an answer of this world can contain, special tokens first, then in sorted order."""
-        sources = (*REQUESTS, *OPENINGS, *CLOSINGS, JUDGEMENT, REFUSAL, UNKNOWN, "it is", "yes no . find list")
+        sources = (*REQUESTS, *OPENINGS, *CLOSINGS, JUDGEMENT, REFUSAL, UNKNOWN, "it is", "yes no . say the word")
         words = {w for text in (*sources, *(p for ps in PHRASINGS.values() for p in ps)) for w in text.split()}
         words |= {
             "sure",
@@ -387,7 +391,7 @@ class World:
 
 CORPUS_MIX = {
     "harmful": 0.2, "hard_benign": 0.15, "easy_benign": 0.1, "judgement": 0.1, "qa": 0.2, "unknown": 0.1, "choice": 0.1,
-    "lookup": 0.05,
+    "copying": 0.05,
 }  # fmt: skip
 
 
