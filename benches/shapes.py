@@ -42,6 +42,6 @@ COLUMNS = ("dense", "compile", "sparse", "best", "ours", "floor")
 # Where dense beats sparse: small dictionaries and large k, at fixed N and d.
 CROSSOVER_LATENTS = (512, 1024, 2048, 4096, 8192)
 CROSSOVER_K = (8, 32, 128, 512)
-CROSSOVER_N, CROSSOVER_D = 2048, 512
+CROSSOVER_N, CROSSOVER_D = 1024, 512
 CROSSOVER_SHAPES = tuple(Shape(CROSSOVER_N, CROSSOVER_D, f, k) for f in CROSSOVER_LATENTS for k in CROSSOVER_K if k < f)
 CROSSOVER_GROUPS = ("decode", "step")
