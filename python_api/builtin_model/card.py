@@ -66,6 +66,11 @@ training side of the same splits; *before alignment* is the pre-trained model on
 
 {behaviour}
 
+These are figures of one seed, and the one for questions about known names was tuned on its own split: two earlier
+alignments of the same pre-trained model got 92.2 % and 92.8 % there, with all inspected failures in one phrasing ("tell
+me which town … lives in"), and the paraphrases in `world.py` were added after looking at them. No other row decided
+anything; the other rows lay within 3 points of these in all three alignments.
+
 ## Where refusal is carried
 Held-out twins: {gate_n}. Refusal before: {refused:.1f} % of harmful, {benign_refused:.1f} % of harmless twins.
 
@@ -98,11 +103,16 @@ _UNROUTED = """
 {interchange}
 
 With U of rank {rank} removed at layer {carrier} to zero it refuses {refuse:.1f} %, to the benign mean
-{refuse_mean:.1f} %. The gate {verdict}. Measured by
+{refuse_mean:.1f} %. On it G1 {g1}, G2 {g2_zero} for zero and {g2_mean} for the benign mean: what 2 and 3 add to
+the tag of 1 is the difference between these tables. Measured by
 
     python -m refusal_kernels.python_api.builtin_model.train --out NEW --pretrained DIR/pretrained --route-weight 0
     python -m refusal_kernels.python_api.builtin_model.gate --model NEW --out unrouted.json
 """
+
+
+def _verdict(gate: dict[str, Any]) -> dict[str, str]:
+    return {name: "holds" if gate[name] else "does not hold" for name in ("g1", "g2_zero", "g2_mean")}
 
 
 def _unrouted(gate: dict[str, Any], rank: int = 4) -> str:
@@ -111,7 +121,7 @@ def _unrouted(gate: dict[str, Any], rank: int = 4) -> str:
         n=gate["n"], refused=gate["before"]["harmful"]["refuse"], interchange=_interchange(gate), rank=rank,
         carrier=gate["carrier"], refuse=at["zero"]["harmful"]["refuse"],
         refuse_mean=at["benign_mean"]["harmful"]["refuse"],
-        verdict="holds on it as well" if gate["g1"] and gate["g2_zero"] else "does not hold on it",
+        **_verdict(gate),
     )  # fmt: skip
 
 
@@ -168,7 +178,6 @@ def render(report: dict[str, Any]) -> str:
         ]
         for r in gate["removal"]
     ]
-    verdict = {name: "holds" if gate[name] else "does not hold" for name in ("g1", "g2_zero", "g2_mean")}
     return _TEXT.format(
         **{k: recipe[k] for k in ("layers", "hidden", "heads", "head_dim", "kv_heads", "carrier", "pretrain_steps",
                                   "align_steps", "batch")},
@@ -188,7 +197,7 @@ def render(report: dict[str, Any]) -> str:
         swap_chosen=gate["heads"]["swap_chosen"], swap_others=gate["heads"]["swap_others"],
         top_refusal=strongest(gate["heads"]["influence_refusal"]),
         top_unknown=strongest(gate["heads"]["influence_unknown"]),
-        **verdict,
+        **_verdict(gate),
     )  # fmt: skip
 
 
