@@ -58,24 +58,28 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     options = {name: value for name, value in tiles.options().items() if name not in tiles.constexprs}
     source = ASTSource(configuration.kernel, signature, dict(tiles.constexprs), attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = kernel.asm["ptx"]
+    instruction = ""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         usage = _cuobjdump("-res-usage", path)
-        sass = _cuobjdump("-sass", path)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+        # Disassembling costs more than compiling, so only what asked for a matrix instruction is looked into.
+        if re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx):
+            found = re.search(rf"\b{MATRIX_INSTRUCTION[capability]}\b", _cuobjdump("-sass", path))
+            instruction = found[0] if found else "other"
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if numbers is None:
         raise RuntimeError(f"cuobjdump reported no resource usage for {configuration.label}: {usage!r}")
-    instruction = MATRIX_INSTRUCTION[capability]
     return Compiled(
-        configuration.label,
-        capability,
-        int(found[1]),
-        int(found[2]),
-        kernel.metadata.shared,
-        instruction if re.search(rf"\b{instruction}\b", sass) else "",
-        # cp.async appears as LDGSTS, the tensor memory accelerator as UTMALDG.
-        re.search(r"\b(LDG|LDGSTS)[.\w]*\.(128|256)\b|\bUTMALDG", sass) is not None,
+        label=configuration.label,
+        capability=capability,
+        registers=int(numbers[1]),
+        stack=int(numbers[2]),
+        shared=kernel.metadata.shared,
+        matrix_instruction=instruction,
+        wide_loads=re.search(r"ld\.global[.\w:]*\.(v4\.b32|v2\.b64|v8\.b32|v4\.b64)|cp\.async\.\S+ .*, 0x10", ptx)
+        is not None,
     )
 
 
@@ -87,11 +91,11 @@ def _cuobjdump(option: str, path: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--match", default="", help="only configurations whose label contains this")
+    parser.add_argument("--match", default="", help="only configurations whose label this regular expression finds")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th configuration, starting with the i-th")
     options = parser.parse_args(arguments)
     part, parts = (int(number) for number in options.part.split("/"))
-    matching = [c for c in configurations() if options.match in c.label]
+    matching = [c for c in configurations() if re.search(options.match, c.label)]
     work = [(c, capability) for c in matching for capability in options.capability]
     for configuration, capability in work[part::parts]:
         print(json.dumps(dataclasses.asdict(compile_configuration(configuration, capability))), flush=True)
