@@ -16,6 +16,7 @@ _MODULES = {
     "sparse_decode_backward": "backward",
     "topk_encode_backward": "backward",
     "sae_backward": "backward",
+    "sae_backward_adam": "sae_adam",
     "adam_rows": "adam",
 }
 

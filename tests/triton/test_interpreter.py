@@ -479,3 +479,32 @@ def test_public_operators_run_on_triton_and_differentiate(short_lists):
         gradients.append([t.grad for t in leaves])
     for triton_gradient, reference_gradient in zip(*gradients, strict=True):
         assert torch.allclose(triton_gradient, reference_gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_training_step_runs_on_triton(short_lists, max_grad_norm):
+    """AuxK and the optimiser included; without clipping Adam runs inside the backward kernel."""
+    torch.manual_seed(7)
+    x = torch.randn(6, 8)
+    start = [
+        torch.randn(40, 8),
+        torch.randn(40),
+        torch.nn.functional.normalize(torch.randn(40, 8), dim=1),
+        torch.randn(8),
+    ]
+    dead = torch.tensor([3, 17, 39])
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in start]
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, max_grad_norm=max_grad_norm)
+        for _ in range(2):
+            out = rk.sae_step(x, *leaves, 3, dead=dead, optimizer=optimizer, backend=backend)
+        assert rk.last_backend("sae_step") == backend
+        moments = [optimizer.state[leaf]["exp_avg"] for leaf in leaves]
+        leaves = [leaf.detach() for leaf in leaves]
+        rk.sae_step(x, *(leaf.requires_grad_() for leaf in leaves), 3, dead=dead, backend=backend)
+        results.append(
+            [out.loss, out.fvu, *(leaf.detach() for leaf in leaves), *moments, *(leaf.grad for leaf in leaves)]
+        )
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
