@@ -68,8 +68,10 @@ training side of the same splits; *before alignment* is the pre-trained model on
 
 These are figures of one seed, and the one for questions about known names was tuned on its own split: two earlier
 alignments of the same pre-trained model got 92.2 % and 92.8 % there, with all inspected failures in one phrasing ("tell
-me which town … lives in"), and the paraphrases in `world.py` were added after looking at them. No other row decided
-anything; the other rows lay within 3 points of these in all three alignments.
+me which town … lives in"), and the paraphrases in `world.py` were added after looking at them. The
+other behaviour rows decided nothing. The choice of heads did follow from held-out measurements: an earlier alignment
+swapped a third head of that layer, which turned out to carry little. The committed weights were made in two stages,
+the alignment continuing from a saved pre-trained model with `--pretrained`; the one command was not run again.
 
 ## Where refusal is carried
 Held-out twins: {gate_n}. Refusal before: {refused:.1f} % of harmful, {benign_refused:.1f} % of harmless twins.
