@@ -22,6 +22,7 @@ if native.load_error() is not None:
 
 ops = torch.ops.refusal_kernels_cpu
 ISAS = ("default", "avx2", "avx512")
+ENCODE_ISAS = (*ISAS, "avx512_vnni")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Relative to the largest entry: one rounding to the row dtype, plus the sums' own error.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13, torch.bfloat16: 5e-3, torch.float16: 7e-4}
@@ -39,14 +40,24 @@ def _seed_and_poison():
     ops.set_isa("auto")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
+def use_isa(name):
     try:
-        ops.set_isa(request.param)
+        ops.set_isa(name)
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
-    assert ops.isa() == request.param
-    return request.param
+    assert ops.isa() == name
+    return name
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    return use_isa(request.param)
+
+
+@pytest.fixture(params=ENCODE_ISAS)
+def encode_isa(request):
+    """Only the encoder has a kernel of its own for the last one (tests/test_screen.py tests its screen)."""
+    return use_isa(request.param)
 
 
 def compute(dtype):
@@ -88,7 +99,7 @@ ENCODE_SHAPES = ((1, 1, 1, 1), (5, 7, 13, 3), (101, 65, 301, 17), (49, 33, 130, 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ENCODE_SHAPES)
-def test_encode(isa, shape, dtype):
+def test_encode(encode_isa, shape, dtype):
     N, d, F, k = shape
     x, W, b_enc, b_dec = problem(N, d, F, dtype)
     for shift in (b_dec, None):
@@ -109,7 +120,7 @@ def integers(*shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(97, 5, 613, 40), (700, 3, 64, 64), (9, 17, 2000, 1)])
-def test_encode_ties_go_to_the_lower_index(isa, shape, dtype):
+def test_encode_ties_go_to_the_lower_index(encode_isa, shape, dtype):
     N, d, F, k = shape
     x, W = integers(N, d, dtype=dtype), integers(F, d, dtype=dtype)
     b_enc, b_dec = integers(F, dtype=compute(dtype)), integers(d, dtype=compute(dtype))
@@ -120,7 +131,7 @@ def test_encode_ties_go_to_the_lower_index(isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_encode_special_values(isa, dtype):
+def test_encode_special_values(encode_isa, dtype):
     """With W = identity and x = 0 the bias is the pre-activation."""
     inf, nan = math.inf, math.nan
     bias = torch.tensor([-1.0, -0.0, 0.0, 2.0, inf, nan, 2.0, -inf, -nan, 0.5, inf], dtype=compute(dtype))
@@ -134,7 +145,7 @@ def test_encode_special_values(isa, dtype):
     assert ops.topk_encode(x, W, bias, 1, None)[1].tolist() == [[5]] * 3  # a second NaN does not displace the first
 
 
-def test_encode_all_negative_and_all_nan(isa):
+def test_encode_all_negative_and_all_nan(encode_isa):
     x, W, b_enc, _ = problem(50, 8, 200, torch.float32)
     values, indices = ops.topk_encode(x, W, torch.full_like(b_enc, -100.0), 7, None)
     assert torch.equal(values, torch.zeros(50, 7))
@@ -146,7 +157,7 @@ def test_encode_all_negative_and_all_nan(isa):
 
 @pytest.mark.parametrize("k", [1, 32, 500])
 @pytest.mark.parametrize("descending", [False, True])
-def test_encode_sorted_rows(isa, k, descending):
+def test_encode_sorted_rows(encode_isa, k, descending):
     """Ascending pre-activations are the filter's worst order: every latent passes and every compaction is wasted."""
     F = 6000
     W = torch.arange(1.0, F + 1)[:, None]
@@ -158,7 +169,7 @@ def test_encode_sorted_rows(isa, k, descending):
 
 
 @pytest.mark.parametrize("d", [128, 512, 4096])
-def test_encode_rounds_no_worse_than_matmul(isa, d):
+def test_encode_rounds_no_worse_than_matmul(encode_isa, d):
     """Error of the pre-activations against fp64, at most twice torch's own, in the mean and at worst."""
     x, W, b_enc, _ = problem(33, d, 96, torch.float32)
     exact = pre_activations(x, W, b_enc * 0, None)
@@ -498,7 +509,7 @@ def test_bad_arguments_are_named():
 
 
 def test_isa_is_chosen_by_the_environment_and_refused_by_name():
-    with pytest.raises(RuntimeError, match="expected one of auto, default, avx2, avx512; got 'mmx'"):
+    with pytest.raises(RuntimeError, match="expected one of auto, default, avx2, avx512, avx512_vnni; got 'mmx'"):
         ops.set_isa("mmx")
     code = "import torch, refusal_kernels.native as n; n.load_error(); print(torch.ops.refusal_kernels_cpu.isa())"
     env = {**os.environ, "REFUSAL_KERNELS_CPU_ISA": "default"}

@@ -2,12 +2,13 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 namespace rk {
 namespace {
 
-constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_vnni"};
 
 Isa newest() {
 #if defined(__x86_64__)
@@ -17,7 +18,7 @@ Isa newest() {
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return Isa::kAvx512;
+    return __builtin_cpu_supports("avx512vnni") ? Isa::kAvx512Vnni : Isa::kAvx512;
   }
   return Isa::kAvx2;
 #else
@@ -30,7 +31,7 @@ std::string parse(const std::string& name, Isa& out) {
     out = newest();
     return "";
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < static_cast<int>(std::size(kNames)); ++i) {
     if (name == kNames[i]) {
       if (i > static_cast<int>(newest())) {
         return "this processor has no " + name + "; its newest is " + kNames[static_cast<int>(newest())];
@@ -39,7 +40,7 @@ std::string parse(const std::string& name, Isa& out) {
       return "";
     }
   }
-  return "expected one of auto, default, avx2, avx512; got '" + name + "'";
+  return "expected one of auto, default, avx2, avx512, avx512_vnni; got '" + name + "'";
 }
 
 Isa from_environment() {

@@ -6,12 +6,12 @@
 
 namespace rk {
 
-enum class Isa { kDefault, kAvx2, kAvx512 };
+enum class Isa { kDefault, kAvx2, kAvx512, kAvx512Vnni };
 
 Isa isa();
 const char* isa_name();
 
-// "default", "avx2", "avx512", or "auto" for the newest. Returns what is wrong with the name, empty if it took effect.
+// "default", "avx2", "avx512", "avx512_vnni", or "auto" for the newest. Returns what is wrong with the name, empty if it took effect.
 std::string set_isa(const std::string& name);
 
 }  // namespace rk

@@ -3,6 +3,7 @@
 // shapes and that every index is in [0, F); an output never overlaps an input unless it is named in place.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "threads.h"
@@ -120,6 +121,14 @@ struct AdamRowsArgs {
   bool remove_parallel, unit_norm;
 };
 
+// What the latest topk_encode of the process did with its screen (screened_encode.h); all 0 without one.
+struct EncodeCounts {
+  std::atomic<int64_t> screened{0};  // rows
+  std::atomic<int64_t> computed{0};  // their pairs that were computed in fp32
+  std::atomic<int64_t> repeated{0};  // rows whose guessed threshold was too high
+};
+inline EncodeCounts encode_counts;
+
 #define RK_DECLARE_KERNELS(ISA)                                  \
   namespace ISA {                                                \
   template <class R>                                             \
@@ -141,6 +150,10 @@ struct AdamRowsArgs {
 RK_DECLARE_KERNELS(baseline)
 RK_DECLARE_KERNELS(avx2)
 RK_DECLARE_KERNELS(avx512)
+namespace avx512_vnni {
+template <class R>
+void topk_encode(const EncodeArgs<R>&, const Threads&);  // float, BF16, F16
+}
 #undef RK_DECLARE_KERNELS
 
 }  // namespace rk

@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "csc.h"
@@ -110,6 +111,7 @@ R* out(const MaybeTensor& t) {
 #if defined(__x86_64__)
 #define RK_RUN(kernel, args)          \
   switch (isa()) {                    \
+    case Isa::kAvx512Vnni:            \
     case Isa::kAvx512:                \
       avx512::kernel(args, pool());   \
       break;                          \
@@ -209,6 +211,15 @@ std::tuple<Tensor, Tensor> topk_encode(
     using T = Compute<R>;
     const EncodeArgs<R> args{in<R>(x), in<R>(W_enc),   in<T>(b_enc),         in<T>(b_dec), N, d, F,
                              k,        out<R>(values), out<int64_t>(indices)};
+    encode_counts.screened = encode_counts.computed = encode_counts.repeated = 0;
+#if defined(__x86_64__)
+    if constexpr (!std::is_same_v<R, double>) {
+      if (isa() == Isa::kAvx512Vnni) {
+        avx512_vnni::topk_encode(args, pool());
+        return;
+      }
+    }
+#endif
     RK_RUN(topk_encode, args);
   });
   return {values, indices};
@@ -571,6 +582,10 @@ int64_t workspace_bytes() {
   return scratch_total();
 }
 
+std::tuple<int64_t, int64_t, int64_t> last_screen() {
+  return {encode_counts.screened, encode_counts.computed, encode_counts.repeated};
+}
+
 }  // namespace
 }  // namespace rk
 
@@ -599,10 +614,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refusal_kernels_cpu, m) {
       "adam_rows(Tensor(a!) W, Tensor g, Tensor(b!) m, Tensor(c!) v, float lr, float beta1, float beta2, float eps, "
       "float bias_correction1, float bias_correction2, Tensor? grad_scale, bool remove_parallel, bool unit_norm) -> "
       "()");
-  // The instruction set in use ("default", "avx2", "avx512"); another one of this processor's; scratch held by all threads.
+  // The instruction set in use ("default", "avx2", "avx512", "avx512_vnni"); another one of this processor's; scratch
+  // held by all threads; what the latest topk_encode's 8-bit screen did: rows screened, their pairs computed in fp32,
+  // rows repeated.
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("workspace_bytes() -> int");
+  m.def("last_screen() -> (int, int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refusal_kernels_cpu, CPU, m) {
@@ -620,4 +638,5 @@ STABLE_TORCH_LIBRARY_IMPL(refusal_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&rk::current_isa));
   m.impl("set_isa", TORCH_BOX(&rk::choose_isa));
   m.impl("workspace_bytes", TORCH_BOX(&rk::workspace_bytes));
+  m.impl("last_screen", TORCH_BOX(&rk::last_screen));
 }

@@ -29,7 +29,7 @@ void parallel_tasks(const Threads& threads, int64_t tasks, const F& f) {
 // Scratch lives per thread and slot and is reused by the next call: a fresh large block would be returned to the
 // operating system by free() and page-faulted in again on every call. A block shrinks when a call asks for less than
 // a quarter of more than 64 MiB, so one unusual call does not keep its memory for ever. 64-byte aligned, uninitialised.
-enum class Slot { kPackedX, kPackedW, kPartialSums, kCandidates, kMerge, kHits, kRows, kWide, kOrder, kCount };
+enum class Slot { kPackedX, kPackedW, kPartialSums, kCandidates, kMerge, kScreen, kHits, kRows, kWide, kOrder, kCount };
 void* scratch_bytes(Slot slot, size_t bytes);
 int64_t scratch_total();  // bytes held by all threads now
 

@@ -139,9 +139,23 @@ RK_INLINE void filter(
   }
 }
 
-// [rows, d] -> [d][lanes], b_dec subtracted; lanes beyond the rows are 0.
+// Rows of x, all in order or those of a list.
 template <class R>
-void pack_panel(const R* x, const Compute<R>* b_dec, int64_t rows, int64_t lanes, int64_t d, Compute<R>* out) {
+struct RowList {
+  const R* x;
+  const int64_t* numbers;  // null: 0, 1, 2, ...
+  int64_t count;
+
+  const R* row(int64_t place, int64_t d) const {
+    return x + (numbers == nullptr ? place : numbers[place]) * d;
+  }
+};
+
+// Rows [first, first + rows) of a list -> [d][lanes], b_dec subtracted; lanes beyond the rows are 0.
+template <class R>
+void pack_panel(
+    const RowList<R>& list, int64_t first, const Compute<R>* b_dec, int64_t rows, int64_t lanes, int64_t d,
+    Compute<R>* out) {
   using T = Compute<R>;
   constexpr int L = kLanes<T>;
   for (int64_t r = 0; r < lanes; r += L) {
@@ -151,7 +165,7 @@ void pack_panel(const R* x, const Compute<R>* b_dec, int64_t rows, int64_t lanes
       Vec<T> block[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
-        block[i] = r + i < rows ? load(x + (r + i) * d + c) - origin : Vec<T>{};
+        block[i] = r + i < rows ? load(list.row(first + r + i, d) + c) - origin : Vec<T>{};
       }
       transpose<T, L>(block);
 #pragma GCC unroll 16
@@ -161,7 +175,7 @@ void pack_panel(const R* x, const Compute<R>* b_dec, int64_t rows, int64_t lanes
     }
     for (; c < d; ++c) {
       for (int64_t i = r; i < r + L; ++i) {
-        const T value = i < rows ? T(widen(x[i * d + c])) : T(0);
+        const T value = i < rows ? T(widen(list.row(first + i, d)[c])) : T(0);
         out[c * lanes + i] = i < rows && b_dec != nullptr ? value - b_dec[c] : value;
       }
     }
@@ -221,12 +235,13 @@ void multiply_and_filter(
   }
 }
 
-// All candidates of rows [0, rows) of x among latents [begin, end).
+// All candidates of a list of rows among latents [begin, end).
 template <class R>
 void encode_block(
-    const EncodeArgs<R>& a, const R* x, int64_t rows, int64_t begin, int64_t end, Candidates<Compute<R>>& candidates) {
+    const EncodeArgs<R>& a, const RowList<R>& list, int64_t begin, int64_t end, Candidates<Compute<R>>& candidates) {
   using T = Compute<R>;
   const int64_t d = a.d;
+  const int64_t rows = list.count;
   const int64_t panels = (rows + kPanelRows<T> - 1) / kPanelRows<T>;
   const int64_t depth_most = std::min(d, kDepth);
   int64_t chunk = kChunkElements / std::max<int64_t>(depth_most, 1) / kTileLatents * kTileLatents;
@@ -245,7 +260,7 @@ void encode_block(
   };
   for (int64_t p = 0; p < panels; ++p) {
     const int64_t row = p * kPanelRows<T>;
-    pack_panel(x + row * d, a.b_dec, std::min(rows - row, kPanelRows<T>), lanes_of(p), d, packed_x + row * d);
+    pack_panel(list, row, a.b_dec, std::min(rows - row, kPanelRows<T>), lanes_of(p), d, packed_x + row * d);
   }
   for (int64_t f = begin; f < end; f += chunk) {
     const int64_t latents = std::min(chunk, end - f);
@@ -274,64 +289,106 @@ void encode_block(
   }
 }
 
+// How a call is cut up, and the candidates of its parts: blocks of rows_each rows times ranges of latents_each latents.
 template <class R>
-void topk_encode(const EncodeArgs<R>& a, const Threads& threads) {
+struct EncodePlan {
   using T = Compute<R>;
   using Key = typename Candidate<T>::Key;
+
+  int64_t k, row_parts, latent_parts, latents_each, rows_each, capacity;
+  Key* keys;
+  T* thresholds;
+  int64_t* counts;
+
+  EncodePlan(const EncodeArgs<R>& a, int64_t threads) : k(a.k) {
+    row_parts = std::clamp<int64_t>(a.N / kRowsWorthSplitting, 1, std::max<int64_t>(threads, 1));
+    const int64_t tiles = (a.F + kTileLatents - 1) / kTileLatents;
+    latent_parts = std::clamp<int64_t>(threads / row_parts, 1, tiles);
+    latents_each = (tiles + latent_parts - 1) / latent_parts * kTileLatents;
+    capacity = std::min(std::max(2 * a.k, a.k + 32), latents_each);
+
+    constexpr int64_t kPanel = kPanelRows<T>;
+    rows_each = ((a.N + row_parts - 1) / row_parts + kPanel - 1) / kPanel * kPanel;
+    rows_each = std::min(rows_each, kPackedRowElements / std::max<int64_t>(a.d, 1));
+    rows_each = std::min(rows_each, kCandidateBytes / (capacity * static_cast<int64_t>(sizeof(Key))));
+    rows_each = std::max<int64_t>(rows_each / kPanel, 1) * kPanel;
+
+    const int64_t places = row_parts * latent_parts * rows_each;
+    keys = scratch<Key>(Slot::kCandidates, places * (capacity + 2));
+    thresholds = reinterpret_cast<T*>(keys + places * capacity);
+    counts = reinterpret_cast<int64_t*>(keys + places * (capacity + 1));
+  }
+
+  Candidates<T> candidates(int64_t row_part, int64_t latent_part) const {
+    const int64_t first = (row_part * latent_parts + latent_part) * rows_each;
+    return Candidates<T>{keys + first * capacity, thresholds + first, counts + first, capacity, k};
+  }
+};
+
+// One pass over rows_of(row part) rows of every row part: encode(row part, first latent, last latent, candidates) on
+// every part, then finish(row part, place, candidates, how many) on every row.
+template <class R, class Rows, class Encode, class Finish>
+void encode_pass(
+    const EncodePlan<R>& plan, int64_t F, const Threads& threads, const Rows& rows_of, const Encode& encode,
+    const Finish& finish) {
+  using Key = typename EncodePlan<R>::Key;
+  parallel_tasks(threads, plan.row_parts * plan.latent_parts, [&](int64_t part) {
+    const int64_t row_part = part / plan.latent_parts;
+    const int64_t latent_part = part % plan.latent_parts;
+    if (rows_of(row_part) > 0) {
+      auto candidates = plan.candidates(row_part, latent_part);
+      const int64_t begin = std::min(latent_part * plan.latents_each, F);
+      encode(row_part, begin, std::min(begin + plan.latents_each, F), candidates);
+    }
+  });
+  constexpr int64_t kRowsPerTask = 64;
+  const int64_t tasks_each = (plan.rows_each + kRowsPerTask - 1) / kRowsPerTask;
+  parallel_tasks(threads, plan.row_parts * tasks_each, [&](int64_t task) {
+    const int64_t row_part = task / tasks_each;
+    const int64_t first = task % tasks_each * kRowsPerTask;
+    Key* merged = scratch<Key>(Slot::kMerge, plan.latent_parts * plan.capacity);
+    for (int64_t place = first; place < std::min(first + kRowsPerTask, rows_of(row_part)); ++place) {
+      int64_t n = 0;
+      for (int64_t part = 0; part < plan.latent_parts; ++part) {
+        const auto own = plan.candidates(row_part, part);
+        const Key* from = own.keys + place * plan.capacity;
+        std::copy(from, from + own.count[place], merged + n);
+        n += own.count[place];
+      }
+      finish(row_part, place, merged, n);
+    }
+  });
+}
+
+template <class R>
+void encode_unscreened(const EncodeArgs<R>& a, const Threads& threads) {
+  using T = Compute<R>;
   if (a.N == 0) {
     return;
   }
-  const int64_t row_parts = std::clamp<int64_t>(a.N / kRowsWorthSplitting, 1, std::max<int64_t>(threads.count, 1));
-  const int64_t tiles = (a.F + kTileLatents - 1) / kTileLatents;
-  const int64_t latent_parts = std::clamp<int64_t>(threads.count / row_parts, 1, tiles);
-  const int64_t latents_each = (tiles + latent_parts - 1) / latent_parts * kTileLatents;
-  const int64_t capacity = std::min(std::max(2 * a.k, a.k + 32), latents_each);
-
-  const auto whole_panels = [](int64_t rows) { return (rows + kPanelRows<T> - 1) / kPanelRows<T> * kPanelRows<T>; };
-  int64_t rows_each = whole_panels((a.N + row_parts - 1) / row_parts);
-  rows_each = std::min(rows_each, kPackedRowElements / std::max<int64_t>(a.d, 1));
-  rows_each = std::min(rows_each, kCandidateBytes / (capacity * static_cast<int64_t>(sizeof(Key))));
-  rows_each = std::max<int64_t>(rows_each / kPanelRows<T>, 1) * kPanelRows<T>;
-
-  const int64_t parts = row_parts * latent_parts;
-  Key* keys = scratch<Key>(Slot::kCandidates, parts * rows_each * (capacity + 2));
-  T* thresholds = reinterpret_cast<T*>(keys + parts * rows_each * capacity);
-  int64_t* counts = reinterpret_cast<int64_t*>(keys + parts * rows_each * (capacity + 1));
-
-  for (int64_t base = 0; base < a.N; base += row_parts * rows_each) {
-    const auto block = [&](int64_t row_part, int64_t latent_part) {
-      const int64_t part = row_part * latent_parts + latent_part;
-      return Candidates<T>{
-          keys + part * rows_each * capacity, thresholds + part * rows_each, counts + part * rows_each, capacity, a.k};
-    };
-    parallel_tasks(threads, parts, [&](int64_t part) {
-      const int64_t row = base + part / latent_parts * rows_each;
-      const int64_t rows = std::min(rows_each, a.N - row);
-      const int64_t begin = std::min(part % latent_parts * latents_each, a.F);
-      const int64_t end = std::min(begin + latents_each, a.F);
-      if (rows > 0) {
-        Candidates<T> candidates = block(part / latent_parts, part % latent_parts);
-        encode_block(a, a.x + row * a.d, rows, begin, end, candidates);
-      }
-    });
-    const int64_t rows_here = std::min(row_parts * rows_each, a.N - base);
-    constexpr int64_t kRowsPerTask = 64;
-    parallel_tasks(threads, (rows_here + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-      Key* merged = scratch<Key>(Slot::kMerge, latent_parts * capacity);
-      for (int64_t r = task * kRowsPerTask; r < std::min((task + 1) * kRowsPerTask, rows_here); ++r) {
-        int64_t n = 0;
-        for (int64_t part = 0; part < latent_parts; ++part) {
-          const Candidates<T> own = block(r / rows_each, part);
-          const Key* from = own.keys + r % rows_each * capacity;
-          const int64_t count = own.count[r % rows_each];
-          std::copy(from, from + count, merged + n);
-          n += count;
-        }
-        write_row<R>(merged, n, a.k, a.values + (base + r) * a.k, a.indices + (base + r) * a.k);
-      }
-    });
+  const EncodePlan<R> plan(a, threads.count);
+  for (int64_t base = 0; base < a.N; base += plan.row_parts * plan.rows_each) {
+    const auto first_row = [&](int64_t part) { return base + part * plan.rows_each; };
+    const auto rows_of = [&](int64_t part) { return std::clamp<int64_t>(a.N - first_row(part), 0, plan.rows_each); };
+    encode_pass(
+        plan, a.F, threads, rows_of,
+        [&](int64_t part, int64_t begin, int64_t end, Candidates<T>& candidates) {
+          const RowList<R> rows{a.x + first_row(part) * a.d, nullptr, rows_of(part)};
+          encode_block(a, rows, begin, end, candidates);
+        },
+        [&](int64_t part, int64_t place, auto* keys, int64_t n) {
+          const int64_t at = (first_row(part) + place) * a.k;
+          write_row<R>(keys, n, a.k, a.values + at, a.indices + at);
+        });
   }
 }
+
+#if !defined(RK_SCREEN)
+template <class R>
+void topk_encode(const EncodeArgs<R>& a, const Threads& threads) {
+  encode_unscreened(a, threads);
+}
+#endif
 
 }  // namespace RK_ISA
 }  // namespace rk
