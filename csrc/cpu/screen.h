@@ -16,6 +16,11 @@ namespace RK_ISA {
 constexpr float kSmallest = 1e-12f;
 constexpr float kLargest = 1e15f;
 
+// Room for d bytes, in whole vectors.
+constexpr int64_t byte_stride(int64_t d) {
+  return (d + 63) / 64 * 64;
+}
+
 // A vector as 8-bit numbers: v = scale * q + (a rest of norm `rest`), ||v|| <= norm, sum of q.
 struct Rounded {
   float scale, rest, norm;
@@ -78,14 +83,14 @@ bool round_to_bytes(const V* v, int64_t d, int64_t stride, uint8_t flip, uint8_t
   return true;
 }
 
-// Rows of `steps` 4-byte words (row stride in words: a multiple of 16) -> [steps][Rows], Rows a divisor of 16.
+// Rows of `steps` 4-byte words, a byte_stride apart -> [steps][out_stride], the first Rows of each; Rows a divisor of 16.
 template <int Rows>
-void interleave_words(const uint32_t* rows, int64_t row_stride, int64_t steps, int64_t out_stride, uint32_t* out) {
+void interleave_words(const uint8_t* bytes, int64_t stride, int64_t steps, int64_t out_stride, uint32_t* out) {
   for (int64_t s = 0; s < steps; s += 16) {
     Vec<float> block[Rows];  // shuffled only, never computed with
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
-      block[i] = load(reinterpret_cast<const float*>(rows + i * row_stride + s));
+      block[i] = load(reinterpret_cast<const float*>(bytes + i * stride) + s);
     }
     transpose<float, Rows>(block);
     uint32_t words[16 * Rows];
