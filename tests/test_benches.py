@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,6 +222,19 @@ def test_columns_share_what_they_keep(group: str, kept: int) -> None:
             case.verify(case.column(name))
             case.column(name).run(*case.column(name).prepare())
     assert weights(shape) <= 2 + kept
+
+
+def test_a_group_begins_without_the_case_before() -> None:
+    options = {"device": "cpu", "backend": None, "columns": "sparse ours"}
+    config: Any = SimpleNamespace(getoption=options.__getitem__, stash=pytest.Stash())
+    bench = harness.Bench(config)
+    case = bench.case(SMALL, "backward")
+    for name in ("sparse", "ours"):
+        bench.facts(case, case.column(name))
+    before = weakref.ref(case)
+    del case
+    bench.case(SMALL, "step")
+    assert before() is None
 
 
 def test_columns_take_turns() -> None:
