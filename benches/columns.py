@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,12 +49,18 @@ class Case:
     """The columns of one group for one problem."""
 
     def __init__(
-        self, problem: Problem, group: str, backend: str | None = None, forms: dict[str, str] | None = None
+        self,
+        problem: Problem,
+        group: str,
+        backend: str | None = None,
+        forms: dict[str, str] | None = None,
+        sparse: SparsePath | None = None,
     ) -> None:
-        """`forms` fixes the sparse path's form per group (encode, decode, backward) instead of measuring it."""
+        """`forms` fixes the sparse path's form per group (encode, decode, backward) instead of measuring it; `sparse`
+        is that of another case of the problem, whose kept buffers serve both."""
         self.problem, self.group, self.backend = problem, group, backend
         self.forms = {} if forms is None else forms
-        self.sparse = SparsePath(problem)
+        self.sparse = SparsePath(problem) if sparse is None else sparse
         self._moments: list[tuple[Tensor, Tensor]] | None = None
         self._initial: list[Tensor] | None = None
         self._columns: dict[str, Column] = {}
@@ -66,6 +73,14 @@ class Case:
 
     def has(self, name: str) -> bool:
         return hasattr(self, f"_{self.group}_{name}")
+
+    def choose_forms(self) -> None:
+        """Measures which forms column `best` takes, and keeps nothing of it but the choice."""
+        if self.group == "step":
+            _ = self._best_parts
+        else:
+            self.column("best")
+        self.sparse.drop_buffers()
 
     @property
     def _leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,21 +199,20 @@ class Case:
             return self.sparse.decode_bag(*self.problem.codes) - self.problem.x
 
     def _backward_ours(self) -> Column:
-        """What sae_step runs between its residual and `.grad`; the gradients are kept, and zeroed in place."""
+        """What sae_step runs between its residual and `.grad`; the gradients are kept, and zeroed in place: in the
+        buffers of the sparse path, as another pair would be two more weight matrices."""
         p = self.problem
+        _, d, f, _ = p.shape
         e = self._residual()
         values, indices = p.codes
         scale = 2.0 / p.shape.n
-        kept: list[Tensor] = []
 
         @torch.no_grad()
         def run() -> tuple[Tensor, ...]:
-            W_enc, b_enc, W_dec, b_dec = (t.detach() for t in p.parameters)
-            if kept:
-                torch._foreach_zero_(kept)
-            else:
-                kept.extend(torch.zeros_like(t) for t in (W_enc, b_enc, W_dec))
-            dW_enc, db_enc, dW_dec = kept
+            W_enc, _, W_dec, b_dec = (t.detach() for t in p.parameters)
+            dW_enc, dW_dec = self.sparse.buffer("dW_enc", f, d), self.sparse.buffer("dW_dec", f, d)
+            db_enc = self.sparse.buffer("db_enc", f)
+            torch._foreach_zero_((dW_enc, db_enc, dW_dec))
             self.native.sae_backward(e, p.x, values, indices, W_enc, W_dec, b_dec, scale, dW_enc, db_enc, dW_dec)
             return dW_enc, db_enc, dW_dec, scale * e.sum(0) - db_enc @ W_enc
 
@@ -231,7 +245,6 @@ class Case:
         with torch.no_grad():
             if self._initial is None:
                 self._initial = [p.clone() for p in self.problem.parameters]
-                self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.problem.parameters]
             for parameter, initial in zip(self.problem.parameters, self._initial, strict=True):
                 parameter.copy_(initial)
                 parameter.grad = None
@@ -270,11 +283,16 @@ class Case:
     def _step_sparse(self) -> Column:
         return self._usual_sparse()
 
+    @cached_property
+    def _best_parts(self) -> tuple[Column, ...]:
+        """Column `best` of the parts of a step."""
+        parts = ("encode", "decode", "backward")
+        return tuple(Case(self.problem, part, forms=self.forms, sparse=self.sparse).column("best") for part in parts)
+
     def _step_best(self) -> Column:
         p = self.problem
         leaves = self._leaves
-        parts = [Case(p, part, forms=self.forms) for part in ("encode", "decode", "backward")]
-        encode, decode, backward = (part.column("best") for part in parts)
+        encode, decode, backward = self._best_parts
         forms = {c.form: min(c.forms.values()) for c in (encode, decode, backward) if c.forms}
         form = " + ".join(c.form for c in (encode, decode, backward))
         if backward.form == "autograd":
@@ -332,7 +350,7 @@ class Case:
 
     def _usual_sparse(self) -> Column:
         """The sparse path in the forms everybody uses."""
-        case = Case(self.problem, self.group, forms=dict(USUAL_FORMS))
+        case = Case(self.problem, self.group, forms=dict(USUAL_FORMS), sparse=self.sparse)
         if self.group == "step":
             case._moments = self._shared_moments
         column = case.column("best")

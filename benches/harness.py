@@ -63,6 +63,8 @@ class Bench:
         self._problem: Problem | None = None
         self._case: Case | None = None
         self._facts: dict[str, dict[str, Any]] = {}
+        self._wanted = config.getoption("columns").split()
+        self._peaks: dict[str, float | None] = {}
         self._forms: dict[str, str] = {}
         self._flush = torch.empty(self._cache_bytes() // 4, device=self.device)
 
@@ -92,9 +94,11 @@ class Bench:
             self._forms = {}
             if "torch._dynamo" in sys.modules:  # importing it takes seconds, and nothing was compiled without it
                 torch.compiler.reset()
+        memory.release()  # columns and their case refer to each other
+        if self._problem is None:
             self._problem = Problem(shape, str(self.device))
-        assert self._problem is not None
         self._case = Case(self._problem, group, self.backend, self._forms)
+        self._peaks = self._probe_peaks(self._case)
         return self._case
 
     def facts(self, case: Case, column: Column) -> dict[str, Any]:
@@ -104,17 +108,24 @@ class Bench:
             repeats = 1
             if not long(case.problem.shape, column.name):
                 repeats = max(1, min(MAX_REPEATS, int(TURN_SECONDS / timed(column, self.device))))
-            self._facts[column.name] = {"max_error": error, "repeats": repeats, "peak_bytes": self._peak(case, column)}
+            self._facts[column.name] = {"max_error": error, "repeats": repeats, "peak_bytes": self._peak(column)}
         return self._facts[column.name]
 
-    def _peak(self, case: Case, column: Column) -> float | None:
-        if column.name == "floor":
-            return None
-        if self.device.type == "cuda":
-            return memory.cuda_peak_of_call(column)
+    def _probe_peaks(self, case: Case) -> dict[str, float | None]:
+        """Peak memory of the group's columns, before any of them has buffers, gradients or moments here: the process
+        that measures has its own, and both together would be twice the memory."""
         if self.probe is None:
-            return None
-        return self.probe.peak(case.problem.shape, case.group, column.name, case.forms, case.backend)
+            return {}
+        if "best" in self._wanted:
+            case.choose_forms()
+            memory.release()
+        names = [name for name in self._wanted if name != "floor" and case.has(name)]
+        return {name: self.probe.peak(case.problem.shape, case.group, name, case.forms, case.backend) for name in names}
+
+    def _peak(self, column: Column) -> float | None:
+        if self.device.type == "cuda" and column.name != "floor":
+            return memory.cuda_peak_of_call(column)
+        return self._peaks.get(column.name)
 
     def backend_of(self, case: Case, operator: str, name: str) -> str | None:
         """What ran our column, asked of the package after the call."""

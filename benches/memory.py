@@ -35,8 +35,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def _release() -> None:
-    """Free memory back to the system, so that its reuse counts."""
+def release() -> None:
+    """Gives free memory back to the system, what only reference cycles hold included."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library: what it retains is not counted
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -50,7 +50,7 @@ def supported() -> bool:
 def peak_of_call(column: Column) -> float:
     """Bytes that one call adds at its peak."""
     args = column.prepare()
-    _release()
+    release()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     result = column.run(*args)
@@ -76,13 +76,13 @@ def _measure(connection: Connection, problem: Problem, group: str, name: str, op
     torch.set_num_threads(options["threads"])
     case = Case(problem, group, options["backend"], dict(options["forms"]))
     column = case.column(name)
-    if group == "step":
-        case.reset()
     # The BLAS library's own buffers are nobody's doing: they appear with the first product of this size.
     with torch.no_grad():
         torch.mm(problem.x, problem.W_enc.t())
     if name == "compile":
-        column.run(*column.prepare())  # compiling is not the call
+        column.run(*column.prepare())  # compiling is not the call, nor are the gradients that it leaves
+        for parameter in problem.parameters:
+            parameter.grad = None
     connection.send(peak_of_call(column))
 
 

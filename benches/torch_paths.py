@@ -83,10 +83,14 @@ class SparsePath:
             "csc": self.csc,
         }
 
-    def _buffer(self, name: str, *size: int) -> Tensor:
+    def buffer(self, name: str, *size: int) -> Tensor:
+        """The buffer of that name, kept until `drop_buffers`."""
         if name not in self._buffers:
             self._buffers[name] = self.problem.x.new_empty(size)
         return self._buffers[name]
+
+    def drop_buffers(self) -> None:
+        self._buffers.clear()
 
     def encode_fresh(self) -> Codes:
         p = self.problem
@@ -94,7 +98,7 @@ class SparsePath:
 
     def encode_reused(self) -> Codes:
         p = self.problem
-        pre = self._buffer("pre", p.shape.n, p.shape.f)
+        pre = self.buffer("pre", p.shape.n, p.shape.f)
         torch.addmm(p.b_enc, p.x - p.b_dec, p.W_enc.t(), out=pre)
         values, indices = pre.relu_().topk(p.shape.k, dim=1)
         return values, indices
@@ -103,7 +107,7 @@ class SparsePath:
         p = self.problem
         n, _, f, k = p.shape
         rows = max(1, min(n, CHUNK_BYTES // (4 * f)))
-        pre = self._buffer("chunk", rows, f)
+        pre = self.buffer("chunk", rows, f)
         values, indices = p.x.new_empty(n, k), torch.empty(n, k, dtype=torch.int64, device=p.device)
         centred, W = p.x - p.b_dec, p.W_enc.t()
         for start in range(0, n, rows):
@@ -143,9 +147,9 @@ class SparsePath:
 
     def index_add(self, values: Tensor, dv: Tensor, indices: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         n, d, f, k = self.problem.shape
-        dW_enc, dW_dec = self._buffer("dW_enc", f, d).zero_(), self._buffer("dW_dec", f, d).zero_()
+        dW_enc, dW_dec = self.buffer("dW_enc", f, d).zero_(), self.buffer("dW_dec", f, d).zero_()
         rows = max(1, min(n, CHUNK_BYTES // (4 * k * d)))
-        products = self._buffer("products", rows, k, d)
+        products = self.buffer("products", rows, k, d)
         for start in range(0, n, rows):
             block = slice(start, min(n, start + rows))
             part = products[: block.stop - start]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,6 +201,40 @@ def test_inputs_have_no_near_ties(problem: Problem) -> None:
     top = problem._pre(problem.x).topk(SMALL.k + 1, dim=1).values
     assert bool((top[:, -2] - top[:, -1] > 1e-5 * top[:, 0]).all())
     assert bool((top[:, -2] > 0).all())
+
+
+def weights(shape: Shape) -> int:
+    """Tensors of a weight's size that are alive, those that share memory once."""
+    gc.collect()
+    alive = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    alive += [t.grad for t in alive if t.is_leaf and t.grad is not None]
+    return len({t.untyped_storage().data_ptr() for t in alive if t.untyped_storage().nbytes() == 4 * shape.f * shape.d})
+
+
+@pytest.mark.parametrize(("group", "kept"), [("encode", 0), ("decode", 0), ("backward", 2), ("step", 2 + 4 + 2 + 2)])
+def test_columns_share_what_they_keep(group: str, kept: int) -> None:
+    """Beside the two weights, all columns of a group together keep one pair of gradient buffers; of a step also one set
+    of moments, the initial weights and the gradients of the last column."""
+    shape = Shape(48, 26, 170, 4)  # of no other test
+    case = Case(Problem(shape), group)
+    for name in (*EAGER, "floor"):
+        if case.has(name):
+            case.verify(case.column(name))
+            case.column(name).run(*case.column(name).prepare())
+    assert weights(shape) <= 2 + kept
+
+
+def test_a_group_begins_without_the_case_before() -> None:
+    options = {"device": "cpu", "backend": None, "columns": "sparse ours"}
+    config: Any = SimpleNamespace(getoption=options.__getitem__, stash=pytest.Stash())
+    bench = harness.Bench(config)
+    case = bench.case(SMALL, "backward")
+    for name in ("sparse", "ours"):
+        bench.facts(case, case.column(name))
+    before = weakref.ref(case)
+    del case
+    bench.case(SMALL, "step")
+    assert before() is None
 
 
 def test_columns_take_turns() -> None:
