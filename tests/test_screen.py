@@ -169,7 +169,7 @@ def test_outlier_columns_of_the_latents_are_not_screened():
 
 
 def test_a_batch_that_the_screen_does_not_thin_out_is_not_screened():
-    """All latents share a direction that all rows have: pre-activations lie close together, bounds are as wide as ever."""
+    """All latents and rows share a direction: pre-activations lie close together, and bounds are as wide as ever."""
     for n in (300, 1200):  # one row part and two
         x, W, b_enc, b_dec = problem(n, 512, 4000)
         shared = torch.nn.functional.normalize(torch.randn(512), dim=0)
