@@ -36,10 +36,12 @@ from .documents import Document, Documents, open_documents
 from .evaluate import evaluate
 from .hooks import attention_geometry, o_proj_of, resolve_layers
 from .plots import plot_training
+from .resume import check_resumable, read_checkpoint_header
 from .sae import TopKSAE
 from .tokens import TokenStream
 from .train_config import DTYPES, TrainConfig
-from .trainer import LOG_FILE, SAETrainer, check_resumable, read_checkpoint_header, read_train_log
+from .train_log import LOG_FILE, read_train_log
+from .trainer import SAETrainer
 
 # One document in this many is held out, chosen by the hash of its text: the same in every epoch and every order.
 HELD_OUT_ONE_IN = 32
