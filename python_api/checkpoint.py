@@ -102,6 +102,16 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
+def check_state(owner: str, state: dict[str, Any], counts: tuple[str, ...]) -> None:
+    """ValueError unless ``state`` has every one of ``counts``, integers from 0 on, and the dict ``settings``."""
+    for name in counts:
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"state: expected {name} of the {owner} to be an int from 0 on, got {value!r}")
+    if not isinstance(state.get("settings"), dict):
+        raise ValueError(f"state: expected the settings of the {owner} as a dict, got {state.get('settings')!r}")
+
+
 class CheckpointFolder:
     """Numbered checkpoints in one folder: written atomically, found by a pointer, the oldest removed.
 
