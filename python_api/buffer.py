@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .capturing import capture
+from .checkpoint import check_state
 from .documents import permutation
 from .hooks import HeadSelection, attention_geometry, o_proj_modules, resolve_heads, resolve_layers
 from .tokens import TokenStream
@@ -399,16 +400,21 @@ class ActivationBuffer:
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             got = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: expected an ActivationBuffer state of version {_STATE_VERSION}, got {got!r}")
+        check_state("ActivationBuffer", state, ("cursor", "batches_seen"))
+        generation, origin = state.get("generation"), state.get("origin")
+        if isinstance(generation, bool) or not isinstance(generation, int) or generation < -1:
+            raise ValueError(f"state: expected generation to be an int from -1 on, got {generation!r}")
+        if not isinstance(origin, dict) or not isinstance(origin.get("skip"), int) or origin["skip"] < 0:
+            raise ValueError(f"state: expected origin to be a stream's state and tokens to skip, got {origin!r}")
         saved = state["settings"]
         different = [f"{k} {saved.get(k)!r} -> {v!r}" for k, v in self._settings().items() if saved.get(k) != v]
         if different:
             raise ValueError(f"state: was saved by a buffer with other settings ({', '.join(different)})")
         self._start_over()
         self._whole = state
-        generation = int(state["generation"])
-        self.stream.load_state_dict(state["origin"]["stream"])
+        self.stream.load_state_dict(origin.get("stream", {}))
         if generation >= 0:
-            self._skip(int(state["origin"]["skip"]))
+            self._skip(origin["skip"])
             if generation == 0:
                 self._advance()
             else:
@@ -422,8 +428,8 @@ class ActivationBuffer:
                 self._advance()
             if self._cursor > self._block.numel() or self._generation != generation:
                 raise ValueError("state: the stream ends before the saved position; is it the same data?")
-        self._cursor = int(state["cursor"])
-        self.batches_seen = int(state["batches_seen"])
+        self._cursor = state["cursor"]
+        self.batches_seen = state["batches_seen"]
         self._whole = None
 
     def _skip(self, n: int) -> None:

@@ -75,6 +75,7 @@ class Capture:
         self._per_head = per_head
         self._detach = detach
         self._stop: _Stop | None = None  # set while run() is under way
+        self._open = True
         self._columns = {
             layer: None if chosen is None else head_columns(self.head_dims[layer], chosen)
             for layer, chosen in self.heads.items()
@@ -107,8 +108,10 @@ class Capture:
             row, left to right), in the model's dtype. The same n rows for every layer.
 
         Raises:
-            ValueError: a mask that does not fit; also whatever the model itself raises.
+            ValueError: a mask that does not fit, or the context was left; also whatever the model itself raises.
         """
+        if not self._open:
+            raise ValueError("capture: run was called after the end of the with block, where the hooks are gone")
         kwargs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
         device = _input_device(self._model)
         if device is not None:
@@ -130,6 +133,9 @@ class Capture:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         name = "positions" if positions is not None else "attention_mask"
         return self._flatten(captured, mask, name)
+
+    def _close(self) -> None:
+        self._open = False
 
     def _flatten(self, captured: dict[int, Tensor], mask: Tensor | None, name: str) -> dict[int, Tensor]:
         rows: Tensor | None = None
@@ -192,6 +198,7 @@ def capture(
     chosen = resolve_layers(model, layers)
     cap = Capture(model, chosen, heads, per_head, detach)
     with ExitStack() as stack:
+        stack.callback(cap._close)
         if eval_mode:
             training = [module for module in model.modules() if module.training]
             stack.callback(_set_training, training)

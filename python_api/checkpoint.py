@@ -93,11 +93,23 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path} is not a JSON file: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a JSON file of ours: it nests too deep to be read") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(value).__name__}")
     return value
+
+
+def check_state(owner: str, state: dict[str, Any], counts: tuple[str, ...]) -> None:
+    """ValueError unless ``state`` has every one of ``counts``, integers from 0 on, and the dict ``settings``."""
+    for name in counts:
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"state: expected {name} of the {owner} to be an int from 0 on, got {value!r}")
+    if not isinstance(state.get("settings"), dict):
+        raise ValueError(f"state: expected the settings of the {owner} as a dict, got {state.get('settings')!r}")
 
 
 class CheckpointFolder:

@@ -49,15 +49,18 @@ def parse_count(text: str) -> int:
 
 
 def parse_layers(text: str | None) -> list[int]:
-    """ "1,3" or "0-3" or "0,2-4" as layer numbers; nothing means the default. BadParameter otherwise."""
+    """ "1,3" or "0-3" or "0,2-4" as layer numbers; None means the default. BadParameter otherwise."""
+    if text is None:
+        return []
     layers: list[int] = []
-    for part in (text or "").replace(" ", "").split(","):
+    for part in text.replace(" ", "").split(","):
         first, dash, last = part.partition("-")
-        if part == "" and not text:
-            continue
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        last = last if dash else first
+        if first.isdecimal() and last.isdecimal() and max(len(first), len(last)) > 4:
+            raise typer.BadParameter(f"{text!r} names layers that no model has")
+        if not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
             raise typer.BadParameter(f"{text!r} does not name layers; write them like 1,3 or 0-3")
-        layers += range(int(first), int(last if dash else first) + 1)
+        layers += range(int(first), int(last) + 1)
     return layers
 
 
@@ -164,7 +167,8 @@ def train_sae(
     resume: bool = typer.Option(
         False,
         "--resume",
-        help="Go on from the latest checkpoint in --out, with its settings; no other option is needed.",
+        help="Go on from the latest checkpoint in --out, with its settings; no other option is needed. "
+        "With --streaming the documents already used are read again first.",
         rich_help_panel=_OUTPUT,
     ),
     overwrite: bool = typer.Option(
@@ -186,7 +190,8 @@ def train_sae(
     loss_after: str = typer.Option(
         None,
         metavar="TOKEN",
-        help="Count the model's loss only after this token (it opens answers). (default: everywhere)",
+        help="Count the model's loss only after this token (it opens answers). (default: everywhere; with the "
+        "built-in data after <asst>, if the tokenizer has it)",
         rich_help_panel=_OUTPUT,
         show_default=False,
     ),

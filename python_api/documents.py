@@ -8,8 +8,10 @@ Nothing from a stranger is executed: ``datasets`` >= 4, which this package requi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -39,7 +41,11 @@ _PEEK = 1 << 20  # bytes of a text file read to see whether it has blank lines
 
 @runtime_checkable
 class Documents(Protocol):
-    """A replayable sequence of texts per epoch. An empty text counts in the position and gives no tokens."""
+    """A replayable sequence of texts per epoch. An empty text counts in the position and gives no tokens.
+
+    An attribute ``fingerprint`` (a string that changes with the content, or None) is optional: streams keep it in their
+    state and refuse to continue on other content.
+    """
 
     @property
     def name(self) -> str: ...
@@ -93,6 +99,8 @@ class ListDocuments:
         self.n_documents: int = len(texts)
         self._texts, self._shuffle, self._seed = texts, shuffle, seed
         self._read = _Reader("source", tokenizer)
+        # A sequence of the caller's own may be slow to read, or read for the first time in the thread it is meant for.
+        self.fingerprint = _content(len(texts), texts.__getitem__) if isinstance(texts, (list, tuple)) else None
 
     def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         order = permutation(len(self._texts), self._seed, epoch).tolist() if self._shuffle else range(len(self._texts))
@@ -104,13 +112,22 @@ class TableDocuments:
     """One column of an indexed ``datasets.Dataset``, read in slices."""
 
     def __init__(
-        self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, tokenizer: Any = None
+        self,
+        dataset: Any,
+        text_field: str,
+        name: str,
+        shuffle: bool,
+        seed: int,
+        tokenizer: Any = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.name: str = name
         self.n_documents: int = int(dataset.num_rows)
         self._column, self._shuffle, self._seed = text_field, shuffle, seed
         self._read = _Reader(text_field, tokenizer)
         self._dataset = dataset.with_format(None).select_columns([text_field])
+        # Not datasets' own fingerprint: it is random after a map whose function cannot be hashed.
+        self.fingerprint = fingerprint or _content(self.n_documents, lambda i: self._dataset[i][text_field])
 
     def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         n = self.n_documents
@@ -121,13 +138,27 @@ class TableDocuments:
 
 
 class StreamedDocuments:
-    """One column of a ``datasets.IterableDataset``; resuming reads on from the beginning of the epoch and discards."""
+    """One column of a ``datasets.IterableDataset``.
+
+    Resuming reads the epoch again from its beginning and discards what was used: for a large stream that takes as long
+    as reading took the first time. ``IterableDataset.state_dict`` would be faster and not exact: it loses the documents
+    in the window of the shuffle.
+    """
 
     def __init__(
-        self, dataset: Any, text_field: str, name: str, shuffle: bool, seed: int, window: int, tokenizer: Any = None
+        self,
+        dataset: Any,
+        text_field: str,
+        name: str,
+        shuffle: bool,
+        seed: int,
+        window: int,
+        tokenizer: Any = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.name: str = name
         self.n_documents: None = None
+        self.fingerprint = fingerprint
         self._column = text_field
         self._read = _Reader(text_field, tokenizer)
         # datasets' own windowed shuffle; its order depends on seed + epoch only.
@@ -135,7 +166,7 @@ class StreamedDocuments:
 
     def epoch(self, epoch: int, start: int) -> Iterator[Document]:
         self._dataset.set_epoch(epoch)
-        for row, record in enumerate(self._dataset):
+        for row, record in enumerate(_records(self._dataset, self.name)):
             if row >= start:
                 yield self._read(record.get(self._column), f"in record {row}")
 
@@ -154,6 +185,42 @@ class BuiltinDocuments:
         for i, text in enumerate(corpus(self.n_documents, self._seed + epoch)):
             if i >= start:
                 yield text
+
+
+def _records(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The records of a streamed dataset; what its reader raises says nothing of the file, so the source is named."""
+    records = iter(dataset)
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(f"source: cannot read {name}: {type(error).__name__}: {_innermost(error)}") from error
+        yield record
+
+
+def _content(n: int, item: Callable[[int], Any]) -> str:
+    """A hash of the number of documents and of 64 of them, evenly spread, the first and the last among them."""
+    digest = hashlib.blake2b(str(n).encode(), digest_size=16)
+    for i in sorted({round(j * (n - 1) / 63) for j in range(64)}):
+        value = item(i)
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        digest.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
+def _file_contents(files: Sequence[Path]) -> str:
+    """A hash of each file's size, beginning and end (1 MiB each of a single file, less of each of many)."""
+    digest, part = hashlib.blake2b(digest_size=16), max(4096, _PEEK // len(files))
+    for file in files:
+        with file.open("rb") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            digest.update(f"{size},".encode())
+            for start in (0, max(0, size - part)):
+                handle.seek(start)
+                digest.update(handle.read(part))
+    return digest.hexdigest()
 
 
 def open_documents(
@@ -187,6 +254,7 @@ def open_documents(
         return source  # a Documents of the caller's own, taken as it is
     if isinstance(source, Documents):
         return source
+    fingerprint: str | None = None
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         if text == "builtin":
@@ -196,7 +264,7 @@ def open_documents(
         path = Path(text).expanduser()
         cache = None if cache_dir is None else os.fspath(cache_dir)
         if path.exists():
-            dataset = _load_local(path, split, streaming, sample_by, cache)
+            dataset, fingerprint = _load_local(path, split, streaming, sample_by, cache)
         elif _looks_like_path(source, text):
             raise ValueError(f"source: no such file or folder: {path}")
         else:
@@ -208,11 +276,19 @@ def open_documents(
         return ListDocuments(source, f"list of {len(source)}", shuffle, seed, tokenizer)
     else:
         dataset, name = source, type(source).__name__
-    return _column(dataset, text_field, split, name, shuffle, seed, shuffle_window, tokenizer)
+    return _column(dataset, text_field, split, name, shuffle, seed, shuffle_window, tokenizer, fingerprint)
 
 
 def _column(
-    dataset: Any, text_field: str, split: str, name: str, shuffle: bool, seed: int, window: int, tokenizer: Any
+    dataset: Any,
+    text_field: str,
+    split: str,
+    name: str,
+    shuffle: bool,
+    seed: int,
+    window: int,
+    tokenizer: Any,
+    fingerprint: str | None,
 ) -> TableDocuments | StreamedDocuments:
     import datasets
 
@@ -226,16 +302,16 @@ def _column(
         )
     columns = dataset.column_names
     if columns is None:  # a stream that says nothing about itself before it is read
-        columns = list(next(iter(dataset), {}))
+        columns = list(next(_records(dataset, name), {}))
         if not columns:
             raise ValueError(f"source: {name} is empty")
     if text_field not in columns:
         raise ValueError(f"text_field: {name} has no column {text_field!r}; its columns are {', '.join(columns)}")
     if isinstance(dataset, datasets.IterableDataset):
-        return StreamedDocuments(dataset, text_field, name, shuffle, seed, window, tokenizer)
+        return StreamedDocuments(dataset, text_field, name, shuffle, seed, window, tokenizer, fingerprint)
     if dataset.num_rows == 0:
         raise ValueError(f"source: {name} is empty")
-    return TableDocuments(dataset, text_field, name, shuffle, seed, tokenizer)
+    return TableDocuments(dataset, text_field, name, shuffle, seed, tokenizer, fingerprint)
 
 
 def _looks_like_path(source: Any, text: str) -> bool:
@@ -249,12 +325,15 @@ def _builder_of(name: str) -> str | None:
     return _BUILDERS.get(os.path.splitext(lowered)[1])
 
 
-def _load_local(path: Path, split: str, streaming: bool, sample_by: SampleBy, cache: str | None) -> Any:
+def _load_local(
+    path: Path, split: str, streaming: bool, sample_by: SampleBy, cache: str | None
+) -> tuple[Any, str | None]:
+    """The dataset in a file or folder, and a fingerprint of its files (None for what ``save_to_disk`` wrote)."""
     import datasets
 
     if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         saved = datasets.load_from_disk(str(path))
-        return saved.to_iterable_dataset() if streaming and isinstance(saved, datasets.Dataset) else saved
+        return (saved.to_iterable_dataset() if streaming and isinstance(saved, datasets.Dataset) else saved), None
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _visible(p, path))
     by_builder: dict[str, list[Path]] = {}
     for file in files:
@@ -277,7 +356,7 @@ def _load_local(path: Path, split: str, streaming: bool, sample_by: SampleBy, ca
     if builder == "csv" and all(".tsv" in file.name.lower() for file in chosen):
         options["sep"] = "\t"
     try:
-        return datasets.load_dataset(
+        dataset = datasets.load_dataset(
             builder,
             data_files=[str(file) for file in chosen],
             split="train",  # a bare list of files makes one split of that name
@@ -287,6 +366,7 @@ def _load_local(path: Path, split: str, streaming: bool, sample_by: SampleBy, ca
         )
     except Exception as error:
         raise ValueError(f"source: cannot read {path} as {builder}: {_innermost(error)}") from error
+    return dataset, _file_contents(chosen)
 
 
 def _visible(file: Path, root: Path) -> bool:

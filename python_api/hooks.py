@@ -10,6 +10,7 @@ The readers are in ``capture``, the writers in ``edits``; both are ordinary forw
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,14 +171,12 @@ def o_proj_modules(model: nn.Module, layers: Iterable[int]) -> dict[int, nn.Modu
     """The ``o_proj`` modules of decoder ``layers``, by layer, from one walk over the model.
 
     Raises:
-        TypeError: a layer is not an int.
+        TypeError: a layer is not an integer (numpy's and other libraries' count as such).
         ValueError: out of range, the layer has none, or its weights are on the meta device (nothing was loaded).
     """
     stack = decoder_layers(model)
     found: dict[int, nn.Module] = {}
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layer: expected an int, got {layer!r}")
+    for layer in (as_int("layer", layer) for layer in layers):
         if not 0 <= layer < len(stack):
             raise ValueError(f"layer: expected 0 <= layer < {len(stack)} ({type(model).__name__}), got {layer}")
         o_proj = _o_proj(stack[layer])
@@ -190,6 +189,16 @@ def o_proj_modules(model: nn.Module, layers: Iterable[int]) -> dict[int, nn.Modu
             )
         found[layer] = o_proj
     return found
+
+
+def as_int(name: str, value: Any) -> int:
+    """``value`` as an int, for any integral type; TypeError naming it otherwise."""
+    if not isinstance(value, (bool, float, str)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: expected an int, got {value!r}")
 
 
 def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
@@ -207,7 +216,7 @@ def resolve_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
         return list(attention_geometry(model).layers)
     if isinstance(layers, (int, str)) or not isinstance(layers, Iterable):
         raise TypeError(f"layers: expected a sequence of ints, got {layers!r}")
-    chosen = list(layers)
+    chosen = [as_int("layer", layer) for layer in layers]
     o_proj_modules(model, chosen)
     if not chosen:
         raise ValueError("layers: expected at least one layer, got none")
@@ -218,8 +227,7 @@ def resolve_layers(model: nn.Module, layers: Iterable[int] | None) -> list[int]:
 
 def check_head(geometry: AttentionGeometry, layer: int, head: Any) -> int:
     """``head`` if it is a query head of ``layer``; TypeError or ValueError naming it otherwise."""
-    if isinstance(head, bool) or not isinstance(head, int):
-        raise TypeError(f"heads: expected int heads for layer {layer}, got {head!r}")
+    head = as_int(f"heads of layer {layer}", head)
     if not 0 <= head < geometry.n_heads:
         raise ValueError(f"heads: expected 0 <= head < {geometry.n_heads} for layer {layer}, got {head}")
     return head

@@ -17,7 +17,7 @@ def plot_training(log: Sequence[Mapping[str, float]], folder: Path, title: str =
     """Draws the training log into `folder/training.png` and `folder/training.svg`; returns the two paths.
 
     Args:
-        log: lines as `trainer.read_train_log` returns them, at least one.
+        log: lines as `train_log.read_train_log` returns them, at least one.
         folder: created if missing.
         title: above the panels.
     """

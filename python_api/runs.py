@@ -19,6 +19,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,10 +37,12 @@ from .documents import Document, Documents, open_documents
 from .evaluate import evaluate
 from .hooks import attention_geometry, o_proj_of, resolve_layers
 from .plots import plot_training
+from .resume import check_resumable, read_checkpoint_header
 from .sae import TopKSAE
 from .tokens import TokenStream
 from .train_config import DTYPES, TrainConfig
-from .trainer import LOG_FILE, SAETrainer, check_resumable, read_checkpoint_header, read_train_log
+from .train_log import LOG_FILE, read_train_log
+from .trainer import SAETrainer
 
 # One document in this many is held out, chosen by the hash of its text: the same in every epoch and every order.
 HELD_OUT_ONE_IN = 32
@@ -71,16 +74,22 @@ class SplitDocuments:
     """One side of a source, the held-out documents or the others; the rest is passed on empty, which streams skip.
 
     Empty rather than left out, so that document numbers stay those of the source and a resumed stream can still jump.
+    Where every text of the source would be held out (a file of one document, one time in 32), none is.
     """
 
     def __init__(self, documents: Documents, held_out: bool) -> None:
         self.name = documents.name + (" (held-out documents)" if held_out else "")
         self.n_documents = documents.n_documents
+        self.fingerprint: str | None = getattr(documents, "fingerprint", None)
         self._documents, self._held_out = documents, held_out
+        self._divided: bool | None = None  # unknown until the source is read
 
     def epoch(self, epoch: int, start: int) -> Iterator[Document]:
+        if self._divided is None:  # reads on to the first document of the training side, mostly the very first
+            self._divided = any(document and not is_held_out(document) for document in self._documents.epoch(0, 0))
         for document in self._documents.epoch(epoch, start):
-            yield document if document and is_held_out(document) == self._held_out else ""
+            held_out = self._divided and is_held_out(document)
+            yield document if document and held_out == self._held_out else ""
 
 
 def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
@@ -98,6 +107,11 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
             name, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"cannot load the model {config.model!r}: it comes with Python code of its own, which is run only with "
+                "trust_remote_code (--trust-remote-code); read that code first"
+            ) from error
         hint = "expected 'builtin', a folder with config.json, weights and tokenizer files, or the name of a hub model"
         raise ValueError(f"cannot load the model {config.model!r}: {hint} ({_one_line(error)})") from error
     model.requires_grad_(False)
@@ -163,10 +177,14 @@ def train_sae(
     """
     started = time.perf_counter()
     out = Path(config.out)
+    # What can be refused at once is refused before the minutes that loading a large model takes.
     checkpoint = _check_folder(out, resume, overwrite)
+    config.resolved_device()
+    rk.backends.requested_backend(config.backend)
+    _check_trackers(config)
     if checkpoint is not None:
         config = replace(config, layers=config.layers or saved_config(out).layers)
-        check_resumable(config, checkpoint)  # before the minutes that loading a large model takes
+        check_resumable(config, checkpoint)
     model, tokenizer = load_model(config)
     geometry = attention_geometry(model)
     if config.loss_after is not None and config.loss_after not in tokenizer.get_vocab():
@@ -182,26 +200,23 @@ def train_sae(
     )
     for line in describe_run(config, model, buffer.d_in):
         say(line)
-    if not resume:
-        _clear(out)  # only now: a misspelt model or data set must not cost anyone an earlier run
     names = {id(module): name for name, module in model.named_modules()}
     provenance = {
         layer: {"hook_name": names[id(o_proj_of(model, layer))], "model_name": config.model} for layer in config.layers
     }
-    tracker = _trackers(config)
-    trainer = SAETrainer(
-        config,
-        buffer,
-        provenance=provenance,
-        progress=progress,
-        tracker_log=None if tracker is None else tracker.log,
-    )
+    trainer = SAETrainer(config, buffer, provenance=provenance, progress=progress)
+    tracker = None
     try:
-        if checkpoint is not None:
-            trainer.load_checkpoint(checkpoint)
-            say(f"resuming after step {trainer.step} of {config.total_steps}")
-        write_json(out / "config.json", config.to_dict())
         with buffer.stream:
+            if checkpoint is not None:
+                trainer.load_checkpoint(checkpoint)
+                say(f"resuming after step {trainer.step} of {config.total_steps}")
+            trainer.prepare()
+            tracker = _trackers(config)
+            trainer.tracker_log = None if tracker is None else tracker.log
+            if checkpoint is None:
+                _clear(out)  # only now, when nothing is left that could be refused: it may cost an earlier run
+            write_json(out / "config.json", config.to_dict())
             saes = trainer.train()
         folders = {layer: sae.save_pretrained(out / f"layer_{layer:02d}") for layer, sae in saes.items()}
         evaluation = _evaluate(config, model, tokenizer, saes, progress, say)
@@ -269,6 +284,11 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
         return latest
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; choose a folder")
+    try:  # to write is the one sure way to know
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"out: cannot write to the folder {out}: {error.strerror or error}") from None
     if not overwrite and any((out / name).exists() for name in ("checkpoints", "config.json", "metrics.json")):
         raise ValueError(
             f"{out} already holds a run; continue it with --resume, throw it away with --overwrite, or choose "
@@ -278,8 +298,7 @@ def _check_folder(out: Path, resume: bool, overwrite: bool) -> Path | None:
 
 
 def _clear(out: Path) -> None:
-    """Makes the folder and takes away what an earlier run left in it, by name; other files stay."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Takes away what an earlier run left in the folder, by name; other files stay."""
     for folder in (out / "checkpoints", *out.glob("layer_[0-9][0-9]*")):
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("config.json", "metrics.json", LOG_FILE, "training.png", "training.svg"):
@@ -302,7 +321,12 @@ def _evaluate(
             batches = [next(stream)]
             while stream.tokens_seen < config.eval_tokens:
                 batches.append(next(stream))
-    loss_after = config.loss_after or (BUILTIN_ANSWER if config.data == "builtin" else None)
+    loss_after = config.loss_after
+    if loss_after is None and config.data == "builtin":
+        if BUILTIN_ANSWER in tokenizer.get_vocab():
+            loss_after = BUILTIN_ANSWER
+        else:
+            say(f"the model's tokenizer has no token {BUILTIN_ANSWER}: its loss is counted on whole documents")
     report = evaluate(
         model,
         saes,
@@ -315,11 +339,10 @@ def _evaluate(
     return {"held_out": held_out, "loss_after": loss_after, **report}
 
 
-def _trackers(config: TrainConfig) -> Any:
-    """An Accelerator that logs to `config.trackers`, or None without any."""
+def _check_trackers(config: TrainConfig) -> None:
+    """ValueError for trackers that accelerate does not know or that are not installed."""
     if not config.trackers:
-        return None
-    from accelerate import Accelerator
+        return
     from accelerate.tracking import get_available_trackers
 
     available = [str(tracker) for tracker in get_available_trackers()]
@@ -328,6 +351,14 @@ def _trackers(config: TrainConfig) -> Any:
             f"tracker {', '.join(missing)} is not installed or not known to accelerate; "
             f"available here: {', '.join(available) or 'none'}"
         )
+
+
+def _trackers(config: TrainConfig) -> Any:
+    """An Accelerator that logs to `config.trackers`, or None without any."""
+    if not config.trackers:
+        return None
+    from accelerate import Accelerator
+
     cpu = config.resolved_device().type == "cpu"
     accelerator = Accelerator(log_with=config.trackers, project_dir=config.out, cpu=cpu)
     flat = {

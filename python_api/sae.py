@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from .checkpoint import atomic_file, read_json, write_json
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "sae.safetensors"
 CONFIG_FILE = "cfg.json"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -68,6 +70,16 @@ class TopKSAEConfig:
                 raise ValueError(f"TopKSAEConfig: {name} must be at least 1; got {value}")
         if self.k > self.n_latents:
             raise ValueError(f"TopKSAEConfig: k must be at most n_latents = {self.n_latents}; got {self.k}")
+        for name in ("hook_name", "model_name"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"TopKSAEConfig: {name} must be a string or None; got {value!r}")
+        if self.layer is not None and (isinstance(self.layer, bool) or not isinstance(self.layer, int)):
+            raise TypeError(f"TopKSAEConfig: layer must be an integer or None; got {self.layer!r}")
+        if self.layer is not None and self.layer < 0:
+            raise ValueError(f"TopKSAEConfig: layer must be at least 0, or None; got {self.layer}")
+        if not isinstance(self.metadata, dict):
+            raise TypeError(f"TopKSAEConfig: metadata must be a dict; got {self.metadata!r}")
 
 
 class SAELoss(NamedTuple):
@@ -242,8 +254,13 @@ class TopKSAE(nn.Module):
         Tensors: W_enc [F, d_in], b_enc [F], W_dec [F, d_in], b_dec [d_in] in the parameters' dtype, input_scale [] in
         fp32. The names are those of SAELens, the [F, d_in] layout and the file names those of sparsify; neither knows
         input_scale, so a converter has to fold it: W_enc s, b_dec / s, W_dec / s. Returns the folder.
+
+        Raises ValueError, before anything is written, for values that are not finite: `from_pretrained` would refuse
+        them, and files that were there may still be good.
         """
         folder = Path(path)
+        if problems := _value_problems(self.state_dict()):
+            raise ValueError(f"{folder}: this SAE was not written, for {'; '.join(problems)}")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().to("cpu").contiguous() for name, t in self.state_dict().items()}
         with atomic_file(folder / WEIGHTS_FILE) as temporary:
@@ -265,10 +282,21 @@ class TopKSAE(nn.Module):
     ) -> TopKSAE:
         """Loads what `save_pretrained` wrote; with dtype=None every bit is the one that was saved.
 
+        Args:
+            path: the folder.
+            device: where the parameters go.
+            dtype: of the parameters: float64, float32, bfloat16 or float16; None: as they were saved.
+
         Reads JSON and safetensors only, so a file from a stranger cannot run code. Raises FileNotFoundError, or one
         ValueError that names the file and everything wrong with it: format version, unknown or missing keys, shapes,
-        dtypes, values that are not finite.
+        dtypes, values that are not finite, as saved or in `dtype`. TypeError for a path or dtype that is none.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"TopKSAE.from_pretrained: path must be a string or a path; got {path!r}")
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(
+                f"TopKSAE.from_pretrained: dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype!r}"
+            )
         folder = Path(path)
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             raise FileNotFoundError(
@@ -276,12 +304,18 @@ class TopKSAE(nn.Module):
             )
         config = _read_config(folder / CONFIG_FILE)
         tensors = _read_weights(folder / WEIGHTS_FILE, config)
+        stored = tensors["W_enc"].dtype
+        tensors = {n: t.to(torch.float32 if n == "input_scale" else dtype or t.dtype) for n, t in tensors.items()}
+        # Once more after the conversion: what is finite as saved may be infinite in a narrower dtype.
+        if problems := _value_problems(tensors):
+            converted = "" if dtype in (None, stored) else f" once converted from {stored} to {dtype}"
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {'; '.join(problems)}{converted}")
         sae = cls.__new__(cls)
         nn.Module.__init__(sae)
         sae.config = config
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            setattr(sae, name, nn.Parameter(tensors[name].to(device=device, dtype=dtype)))
-        sae.register_buffer("input_scale", tensors["input_scale"].to(device=device, dtype=torch.float32))
+            setattr(sae, name, nn.Parameter(tensors[name].to(device)))
+        sae.register_buffer("input_scale", tensors["input_scale"].to(device))
         return sae
 
 
@@ -334,16 +368,25 @@ def _read_weights(path: Path, config: TopKSAEConfig) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if not problems:
-        problems += [f"{name} holds values that are not finite" for name, t in tensors.items() if not _all_finite(t)]
+        problems += _value_problems(tensors)
         if len({tensors[name].dtype for name in ("W_enc", "b_enc", "W_dec", "b_dec")}) != 1:
             problems.append("W_enc, b_enc, W_dec and b_dec must share one dtype")
-        if not problems and not float(tensors["input_scale"]) > 0:
-            problems.append(f"input_scale must be positive; got {float(tensors['input_scale'])}")
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
     return tensors
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    # NaN and infinity both show in the extremes; isfinite() would build a mask of the tensor's size.
-    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor))
+def _value_problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the values of an SAE's tensors: not finite, or a scale that cannot be undone in fp32."""
+    problems = [f"{name} holds values that are not finite" for name, t in tensors.items() if not all_finite(t)]
+    scale = float(tensors["input_scale"])
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if math.isfinite(scale) and not smallest <= scale <= largest:
+        problems.append(f"input_scale must be positive, from {smallest:.2g} to {largest:.2g}; got {scale}")
+    return problems
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # Both show in the extremes; isfinite() would build a mask of the tensor's size.
+    return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))

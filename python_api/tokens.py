@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 
+from .checkpoint import check_state
 from .documents import Documents, SampleBy, open_documents
 
 Packing = Literal["packed", "isolated", "padded"]
@@ -328,6 +329,7 @@ class TokenStream:
             "vocabulary": len(own),
             "documents": documents.n_documents,
         }
+        self._fingerprint: str | None = getattr(documents, "fingerprint", None)
         self._prefetch = prefetch
         self._cursor = _Cursor()
         self._inline: Iterator[_Delivery] | None = None
@@ -391,7 +393,7 @@ class TokenStream:
         self.batches_seen = self.tokens_seen = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch delivered: a small dict of JSON types."""
+        """The position after the last batch delivered, and what the data looked like: a small dict of JSON types."""
         return {
             "version": _STATE_VERSION,
             "epoch": self._cursor.epoch,
@@ -400,24 +402,33 @@ class TokenStream:
             "batches_seen": self.batches_seen,
             "tokens_seen": self.tokens_seen,
             "settings": dict(self._settings),
+            "fingerprint": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken: the next batch is the one that came next then.
 
         Raises:
-            ValueError: the state is of another version, or of a stream with other settings (it says which).
+            ValueError: the state is of another version, incomplete, of a stream with other settings (it says which), or
+                of data with other content. States of versions that kept no fingerprint of the data load unchecked.
         """
         if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
             got = state.get("version") if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: expected a TokenStream state of version {_STATE_VERSION}, got {got!r}")
+        check_state("TokenStream", state, ("epoch", "document", "offset", "batches_seen", "tokens_seen"))
         saved = state["settings"]
         different = [f"{k} {saved.get(k)!r} -> {v!r}" for k, v in self._settings.items() if saved.get(k) != v]
         if different:
             raise ValueError(f"state: was saved by a stream with other settings ({', '.join(different)})")
+        fingerprint = state.get("fingerprint")
+        if None not in (fingerprint, self._fingerprint) and fingerprint != self._fingerprint:
+            raise ValueError(
+                f"state: the content of {self._packer.documents.name} has changed since it was saved, so the position "
+                "means other text; bring the old data back or start again"
+            )
         self.close()
-        self._cursor = _Cursor(int(state["epoch"]), int(state["document"]), int(state["offset"]))
-        self.batches_seen, self.tokens_seen = int(state["batches_seen"]), int(state["tokens_seen"])
+        self._cursor = _Cursor(state["epoch"], state["document"], state["offset"])
+        self.batches_seen, self.tokens_seen = state["batches_seen"], state["tokens_seen"]
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

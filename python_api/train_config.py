@@ -11,6 +11,9 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# The annotations of TrainConfig's plain fields, and what a value may be: a config may come from a file.
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "int": (int,), "float": (float, int)}
+
 # Settings that do not touch the arithmetic of the run: a resumed run may change them and still end in the same bits.
 FREE_ON_RESUME = frozenset(
     {
@@ -42,7 +45,7 @@ class TrainConfig:
             (2 in bf16). None: 8 batches.
         eval_tokens: held-out tokens for the evaluation at the end, from documents that are never trained on.
         loss_after: in the evaluation, count the model's loss only after this token of a document, e.g. what opens
-            answers. None: everywhere (with the built-in corpus: after "<asst>").
+            answers. None: everywhere (with the built-in corpus: after "<asst>", where the tokenizer has that token).
         trust_remote_code: run Python code that comes with a hub model.
 
     The SAE (Gao et al., arXiv 2406.04093):
@@ -113,6 +116,17 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            kind, _, optional = str(f.type).partition(" | ")
+            value = getattr(self, f.name)
+            if kind not in _KINDS or (optional and value is None):
+                continue
+            if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+                raise TypeError(f"{f.name} must be of type {f.type}; got {value!r}")
+        for name in ("layers", "betas", "trackers"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise TypeError(f"{name} must be a list; got {getattr(self, name)!r}")
+        self._require("betas", len(self.betas) == 2, "be two numbers")
         # JSON and the command line give lists and strings; one form inside, so that two configs compare equal.
         self.layers = sorted({int(layer) for layer in self.layers})
         self.betas = (float(self.betas[0]), float(self.betas[1]))
@@ -138,6 +152,8 @@ class TrainConfig:
             self.buffer_tokens is None or self.buffer_tokens >= 2 * self.batch_tokens,
             f"be at least 2 batches = {2 * self.batch_tokens}, or None",
         )
+        self._require("seed", 0 <= self.seed < 2**63, "be at least 0 and below 2^63")
+        self._parsed_device()
         self._require("layers", all(layer >= 0 for layer in self.layers), "be layer numbers from 0")
         for name in ("warmup_fraction", "decay_fraction"):
             self._require(name, 0 <= getattr(self, name) <= 1, "lie in [0, 1]")
@@ -178,25 +194,38 @@ class TrainConfig:
         return min(rise, fall)
 
     def resolved_device(self) -> torch.device:
-        if self.device == "auto":
+        """The device that `device` means on this machine; ValueError where there is none such."""
+        device = self._parsed_device()
+        if device is None:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device {self.device!r} was asked for, but this PyTorch sees no GPU; use --device cpu")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {self.device!r} was asked for; this PyTorch sees {torch.cuda.device_count()} GPUs"
+            )
         return device
+
+    def _parsed_device(self) -> torch.device | None:
+        # Whether the machine has it is asked later: a run's settings can be read on another one.
+        try:
+            return None if self.device == "auto" else torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}") from None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> TrainConfig:
+        """The config that `to_dict` wrote into `source`; ValueError names the source and what is wrong."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"{source}: unknown settings {', '.join(unknown)}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from None
 
     def differences(self, other: TrainConfig) -> list[str]:
         """`name is mine (the run has theirs)` for every setting that may not change on resume and does."""

@@ -14,15 +14,11 @@ A checkpoint `step_<n>/` holds
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -30,16 +26,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import refusal_kernels as rk
+from refusal_kernels.backends import Request, requested_backend, select
 
-from .checkpoint import CheckpointFolder, read_json, write_json, write_text
-from .sae import TopKSAE, TopKSAEConfig
+from .checkpoint import CheckpointFolder, write_json
+from .interrupt import Interruptible
+from .resume import (
+    CHECKPOINT_FORMAT_VERSION,
+    HEADER_FILE,
+    METRICS,
+    PARAMETERS,
+    STATE_FILE,
+    check_resumable,
+    layer_folder,
+    read_saes,
+    read_state,
+)
+from .sae import TopKSAE, TopKSAEConfig, all_finite
 from .train_config import TrainConfig
+from .train_log import LOG_FILE, TrainLog
 
 __all__ = ["ActivationSource", "DataEnded", "SAETrainer", "TrainConfig", "TrainingDiverged", "TrainingInterrupted"]
-
-CHECKPOINT_FORMAT_VERSION = 1
-LOG_FILE = "train_log.jsonl"
-_METRICS = ("loss", "mse", "aux_loss", "fvu", "l0")
 
 
 class ActivationSource(Protocol):
@@ -70,7 +76,7 @@ class TrainingInterrupted(Exception):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss, the weights or the optimiser's state are no longer finite; the checkpoints written before all are."""
 
 
 class DataEnded(RuntimeError):
@@ -115,6 +121,7 @@ class SAETrainer:
         self._sums: dict[int, Tensor] = {}
         self._summed_steps = 0
         self._first: list[dict[int, Tensor]] = []
+        self._source: Iterator[dict[int, Tensor]] | None = None
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -133,8 +140,30 @@ class SAETrainer:
             max_grad_norm=config.max_grad_norm,
             backend=config.backend,
         )
+        self._check_backend(sae)
         self.dead[layer] = rk.DeadLatents(n_latents, config.dead_after_tokens, device=self.device)
-        self._sums[layer] = torch.zeros(len(_METRICS), dtype=torch.float64, device=self.device)
+        self._sums[layer] = torch.zeros(len(METRICS), dtype=torch.float64, device=self.device)
+
+    def _check_backend(self, sae: TopKSAE) -> None:
+        """BackendError for kernels that cannot run this: now, and not after the files of an earlier run are gone."""
+        rows = torch.bfloat16 if self._autocast else sae.W_enc.dtype
+        for op, dtype, k in (("sae_step", rows, sae.config.k), ("sae_adam", sae.W_enc.dtype, 0)):
+            request = Request(self.device.type, dtype, n_latents=sae.config.n_latents, d=sae.config.d_in, k=k)
+            select(op, request, requested_backend(self.config.backend))
+
+    @property
+    def _autocast(self) -> bool:
+        return self.device.type == "cuda" and self.config.dtype == "bfloat16"
+
+    def prepare(self) -> None:
+        """Builds the SAEs from the first batches, unless that is done; `train` does it by itself.
+
+        Everything that can be refused is refused here (k, the kernels, data without text or with activations that are
+        not finite) and nothing is written, so a caller can wait for it before an earlier run's files are removed.
+        """
+        if not self.saes:
+            self._source = iter(self.batches)
+            self._initialise(self._source)
 
     def _initialise(self, source: Iterator[dict[int, Tensor]]) -> None:
         """Builds the SAEs from the first batches of the source."""
@@ -163,13 +192,15 @@ class SAETrainer:
     def train(self) -> dict[int, TopKSAE]:
         """Runs to `config.total_steps`, writes the last checkpoint, returns the SAEs.
 
-        Raises TrainingInterrupted after Ctrl-C or SIGTERM (a second Ctrl-C stops at once), TrainingDiverged when the
-        loss is not finite, and DataEnded when the data ends before the tokens asked for.
+        Raises TrainingInterrupted after Ctrl-C or SIGTERM (a second Ctrl-C stops at once), TrainingDiverged when
+        something is no longer finite, at a log line or where a checkpoint is due, and DataEnded when the data ends
+        before the tokens asked for.
         """
         config = self.config
         total = config.total_steps
-        log = _TrainLog(self.out / LOG_FILE, keep_until=self.step)
-        source = iter(self.batches)
+        self.prepare()
+        log = TrainLog(self.out / LOG_FILE, keep_until=self.step)
+        source = iter(self.batches) if self._source is None else self._source
         bar = tqdm(
             total=total * config.batch_tokens,
             initial=self.step * config.batch_tokens,
@@ -181,9 +212,7 @@ class SAETrainer:
             # A terminal redraws one line; a log file would gain a line per update.
             mininterval=0.2 if sys.stderr.isatty() else 15.0,
         )
-        with contextlib.closing(bar), contextlib.closing(log), _Interruptible() as interrupt:
-            if not self.saes:
-                self._initialise(source)
+        with contextlib.closing(bar), contextlib.closing(log), Interruptible() as interrupt:
             # Its own counter: after a resume the first line averages steps that another process took.
             clock, clocked_step = time.perf_counter(), self.step
             while self.step < total:
@@ -207,7 +236,7 @@ class SAETrainer:
                     raise TrainingInterrupted(self.step, total, self.save_checkpoint())
                 if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < total:
                     self.save_checkpoint()
-            if not (self.checkpoints.path(total) / "training.json").is_file():
+            if not (self.checkpoints.path(total) / HEADER_FILE).is_file():
                 self.save_checkpoint()
         for layer, sae in self.saes.items():
             sae.config.metadata = {
@@ -222,13 +251,12 @@ class SAETrainer:
     def _train_step(self, batch: dict[int, Tensor]) -> None:
         config = self.config
         factor = config.lr_factor(self.step)
-        autocast = self.device.type == "cuda" and config.dtype == "bfloat16"
         for layer, sae in self.saes.items():
             optimizer = self.optimizers[layer]
             for group in optimizer.param_groups:
                 group["lr"] = config.peak_lr(sae.config.n_latents) * factor
             x = sae.scale_input(batch[layer].to(self.device, non_blocking=True))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
                 out = rk.sae_step(
                     x,
                     sae.W_enc,
@@ -243,7 +271,7 @@ class SAETrainer:
                     backend=config.backend,
                 )
             self.dead[layer].update(out.fire_counts, x.shape[0])
-            self._sums[layer] += torch.stack([getattr(out, name).detach().double() for name in _METRICS])
+            self._sums[layer] += torch.stack([getattr(out, name).detach().double() for name in METRICS])
         self._summed_steps += 1
         self.step += 1
 
@@ -262,27 +290,49 @@ class SAETrainer:
         }
         for layer, sums in self._sums.items():
             means = [total / steps for total in sums.tolist()]
-            line |= {f"layer_{layer}/{name}": value for name, value in zip(_METRICS, means, strict=True)}
+            line |= {f"layer_{layer}/{name}": value for name, value in zip(METRICS, means, strict=True)}
             line[f"layer_{layer}/explained_variance"] = 1 - line[f"layer_{layer}/fvu"]
             line[f"layer_{layer}/dead_fraction"] = self.dead_fraction(layer)
             sums.zero_()
             if not math.isfinite(means[0]):
-                raise TrainingDiverged(
-                    f"the loss of layer {layer} is {means[0]} at step {self.step}; lower the learning rate, clip the "
-                    "gradient (max_grad_norm), or check that the model's activations are finite in this dtype"
-                )
+                raise self._diverged(f"the loss of layer {layer} is {means[0]}")
         self._summed_steps = 0
         return line
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        latest = self.checkpoints.latest()
+        kept = "no checkpoint was written before" if latest is None else f"the last good checkpoint is {latest}"
+        return TrainingDiverged(
+            f"{what} at step {self.step}; {kept}. Lower the learning rate, clip the gradient (max_grad_norm), or check "
+            "that the model's activations are finite in this dtype"
+        )
+
+    def _check_finite(self) -> None:
+        """TrainingDiverged for the first thing that is not finite of what a checkpoint would hold."""
+        for layer, sae in self.saes.items():
+            if not math.isfinite(loss := float(self._sums[layer][0])):
+                raise self._diverged(f"the loss of layer {layer} is {loss}")
+            tensors = sae.state_dict()
+            for name in PARAMETERS:
+                moments = self.optimizers[layer].state[getattr(sae, name)]
+                tensors |= {f"Adam's {moment} of {name}": tensor for moment, tensor in moments.items()}
+            for name, tensor in tensors.items():
+                if not all_finite(tensor):
+                    raise self._diverged(f"{name} of layer {layer} is not finite")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> Path:
-        """Writes `step_<step>` atomically, moves `latest`, drops old ones; returns its folder."""
+        """Writes `step_<step>` atomically, moves `latest`, drops old ones; returns its folder.
+
+        TrainingDiverged, and nothing written or dropped, when the weights, Adam's state or the loss are not finite.
+        """
+        self._check_finite()  # between log lines nobody has looked, and each checkpoint pushes an older one out
         return self.checkpoints.save(self.step, self._write_checkpoint)
 
     def _write_checkpoint(self, folder: Path) -> None:
         for layer, sae in self.saes.items():
-            sae.save_pretrained(folder / f"layer_{layer:02d}")
+            sae.save_pretrained(layer_folder(folder, layer))
         state = {
             "optimizers": {layer: optimizer.state_dict() for layer, optimizer in self.optimizers.items()},
             "dead": {layer: dead.state_dict() for layer, dead in self.dead.items()},
@@ -292,9 +342,9 @@ class SAETrainer:
             "summed_steps": self._summed_steps,
             "torch_rng": torch.get_rng_state(),
         }
-        torch.save(state, folder / "state.pt")
+        torch.save(state, folder / STATE_FILE)
         write_json(
-            folder / "training.json",
+            folder / HEADER_FILE,
             {
                 "format_version": CHECKPOINT_FORMAT_VERSION,
                 "step": self.step,
@@ -305,45 +355,32 @@ class SAETrainer:
         )
 
     def load_checkpoint(self, folder: Path) -> SAETrainer:
-        """Takes over everything from a checkpoint; ValueError names the settings that may not change and do.
+        """Takes over everything from a checkpoint.
 
         The continuation is bit for bit the uninterrupted run on the same machine, libraries and thread count.
+
+        Raises ValueError or FileNotFoundError in one line: settings that may not change and do, other data, or a file
+        that is missing, damaged, or holds something of another shape or dtype or something that is not finite.
         """
         header = check_resumable(self.config, folder)
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        for layer in header["layers"]:
-            self._add_layer(layer, TopKSAE.from_pretrained(folder / f"layer_{layer:02d}", device=self.device))
-            self.optimizers[layer].load_state_dict(state["optimizers"][layer])
+        saes = read_saes(self.config, folder, header["layers"], self.device)
+        state = read_state(folder, saes)
+        for layer, sae in saes.items():
+            self._add_layer(layer, sae)
+            # Adam's settings are those of the config, which check_resumable has compared; the file's are not read.
+            own = self.optimizers[layer].state_dict() | {"state": state["optimizers"][layer]["state"]}
+            self.optimizers[layer].load_state_dict(own)
             self.dead[layer].load_state_dict(state["dead"][layer])
             self._sums[layer].copy_(state["sums"][layer])
         self._summed_steps = state["summed_steps"]
         self._first = state["first"]
-        self.batches.load_state_dict(state["batches"])
+        try:
+            self.batches.load_state_dict(state["batches"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"cannot resume {folder}: {error}") from error
         torch.set_rng_state(state["torch_rng"])
         self.step = header["step"]
         return self
-
-
-def read_checkpoint_header(folder: Path) -> dict[str, Any]:
-    """training.json of a checkpoint, its format version checked."""
-    header = read_json(folder / "training.json")
-    if header.get("format_version") != CHECKPOINT_FORMAT_VERSION:
-        raise ValueError(
-            f"{folder}: checkpoint format_version must be {CHECKPOINT_FORMAT_VERSION}; got "
-            f"{header.get('format_version')!r}"
-        )
-    return header
-
-
-def check_resumable(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """The header of a checkpoint that `config` can continue; ValueError names every setting that stands against it."""
-    header = read_checkpoint_header(folder)
-    if differences := config.differences(TrainConfig.from_dict(header["config"], str(folder))):
-        raise ValueError(
-            f"cannot resume {folder} with other settings: {'; '.join(differences)}. Drop these arguments, or start "
-            "a new run with another --out"
-        )
-    return header
 
 
 def _postfix(line: dict[str, float], layers: list[int]) -> str:
@@ -353,53 +390,3 @@ def _postfix(line: dict[str, float], layers: list[int]) -> str:
         return low if low == high else f"{low}..{high}"
 
     return f"FVU {span('fvu', '.3f')}, L0 {span('l0', '.1f')}, dead {span('dead_fraction', '.1%')}"
-
-
-class _TrainLog:
-    """The metrics as JSON lines. A resumed run first drops the lines after its checkpoint: it will write them again."""
-
-    def __init__(self, path: Path, keep_until: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [json.dumps(line) for line in read_train_log(path) if line["step"] <= keep_until] if keep_until else []
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-
-    def write(self, line: dict[str, float]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_train_log(path: Path) -> list[dict[str, float]]:
-    """The lines of a training log; a last line cut short by a kill is left out."""
-    lines: list[dict[str, float]] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                lines.append(json.loads(text))
-    return lines
-
-
-class _Interruptible:
-    """Turns the first SIGINT or SIGTERM into a flag that is read between steps; the second SIGINT acts as ever."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Interruptible:
-        # Python lets only the main thread set handlers; a trainer in another thread is interrupted by its owner.
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGINT, signal.SIGTERM):
-                self._previous[which] = signal.signal(which, self._request)
-        return self
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
-
-    def __exit__(self, *exception: object) -> None:
-        for which, handler in self._previous.items():
-            signal.signal(which, handler)

@@ -250,6 +250,15 @@ def test_states_of_other_buffers_are_refused(model: Any, tokenizer: Any) -> None
         ActivationBuffer(model, make_stream(tokenizer), [0], 8, 128).load_state_dict(state)
     with pytest.raises(ValueError, match="version 1, got None"):
         buffer.load_state_dict({})
+    for change, message in (
+        ({"cursor": None}, "expected cursor of the ActivationBuffer to be an int from 0 on, got None"),
+        ({"generation": -2}, "expected generation to be an int from -1 on, got -2"),
+        ({"origin": None}, "expected origin to be a stream's state and tokens to skip, got None"),
+        ({"origin": {"skip": 0}}, "expected a TokenStream state of version 1, got None"),
+        ({"settings": None}, "expected the settings of the ActivationBuffer as a dict, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ActivationBuffer(model, make_stream(tokenizer), [1], 16, 128).load_state_dict(state | change)
     short = make_stream(tokenizer, epochs=1)
     for _ in range(30):
         next(buffer)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -385,6 +386,9 @@ def test_run_keeps_no_activations(llama: Any) -> None:
         ({"layers": [1, 1]}, ValueError, "distinct"),
         ({"layers": 1}, TypeError, "layers: expected a sequence of ints"),
         ({"layers": ["1"]}, TypeError, "layer: expected an int, got '1'"),
+        ({"layers": [1.0]}, TypeError, r"layer: expected an int, got 1\.0"),
+        ({"layers": [True]}, TypeError, "layer: expected an int, got True"),
+        ({"heads": ["0"]}, TypeError, "heads of layer 0: expected an int, got '0'"),
         ({"heads": [4]}, ValueError, "heads: expected 0 <= head < 4 for layer 0, got 4"),
         ({"heads": [0, 0]}, ValueError, "distinct heads"),
         ({"heads": []}, ValueError, "at least one"),
@@ -395,6 +399,22 @@ def test_run_keeps_no_activations(llama: Any) -> None:
 def test_bad_arguments(llama: Any, arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message), capture(llama, **arguments):
         pass
+
+
+def test_integers_of_other_libraries_are_layers_and_heads(llama: Any) -> None:
+    with capture(llama, np.array([0, 1]), heads=[np.int32(2)]) as cap:
+        z = cap.run(torch.tensor([[5, 6, 7]]))
+    assert cap.layers == [0, 1]
+    assert all(type(layer) is int for layer in cap.layers)
+    assert {layer: x.shape[0] for layer, x in z.items()} == {0: 3, 1: 3}
+    assert cap.heads == {0: [2], 1: [2]}
+
+
+def test_running_after_the_end_of_the_context_says_so(llama: Any) -> None:
+    with capture(llama, [1]) as cap:
+        cap.run(torch.tensor([[5, 6]]))
+    with pytest.raises(ValueError, match="run was called after the end of the with block"):
+        cap.run(torch.tensor([[5, 6]]))
 
 
 def test_models_that_cannot_be_captured() -> None:

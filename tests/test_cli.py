@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +156,47 @@ def test_a_second_run_does_not_overwrite_the_first(run: Run, arguments: list[str
     assert (finished / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--k", "99999"], "k must be at most the number of latents = 192"),
+        (["--backend", "triton"], "triton"),
+        (["--tracker", "pigeon"], "pigeon is not installed or not known"),
+        (["--tracker", "wandb"], "wandb is not installed or not known to accelerate; available here: tensorboard"),
+        (["--data", "BLANK"], "holds no text"),
+        (["--data", "BROKEN", "--streaming"], "source: cannot read .*broken.jsonl"),
+    ],
+)
+def test_what_is_refused_costs_no_earlier_run(
+    run: Run, arguments: list[str], finished: Path, tmp_path: Path, extra: list[str], expected: str
+) -> None:
+    if extra[1] == "triton" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if extra[1] == "wandb" and importlib.util.find_spec("wandb") is not None:
+        pytest.skip("wandb is installed")
+    (tmp_path / "blank.txt").write_text("\n  \n" * 3)
+    (tmp_path / "broken.jsonl").write_bytes(b'{"text": "w1 w2"}\n{"text": "\xff\xfe')
+    names = {"BLANK": str(tmp_path / "blank.txt"), "BROKEN": str(tmp_path / "broken.jsonl")}
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    code, _, err = run(*arguments, "--out", finished, "--overwrite", *(names.get(e, e) for e in extra))
+    assert code in (1, 2), err
+    assert "Traceback" not in err
+    assert re.search(f"^error: .*{expected}", err.strip().splitlines()[-1]), err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_resuming_on_other_text_is_refused(run: Run, arguments: list[str], text_file: Path, tmp_path: Path) -> None:
+    """As many documents as before, other words: the position would silently mean other text."""
+    data, out = tmp_path / "mine.txt", tmp_path / "out"
+    lines = text_file.read_text().splitlines()
+    data.write_text("\n".join(lines))
+    assert run(*arguments, "--data", data, "--tokens", "2k", "--eval-tokens", 200, "--out", out)[0] == 0
+    data.write_text("\n".join([*lines[:-1], "w1 " + lines[-1]]))
+    code, _, err = run("train-sae", "--out", out, "--resume", "--quiet")
+    assert code == 2
+    assert re.search(r"error: cannot resume .*step_00000008: state: the content of .*mine.txt has changed", err), err
+
+
 def test_resuming_a_finished_run_evaluates_it_again(run: Run, finished: Path) -> None:
     before = (finished / "layer_02" / "sae.safetensors").read_bytes()
     code, out, _ = run("train-sae", "--out", finished, "--resume", "--quiet")
@@ -231,6 +274,12 @@ def test_an_interrupted_run_ends_in_the_same_bits(
         (["--no-such-flag"], 2, "No such option.*see refusal-kernels train-sae --help"),
         (["--k", "many"], 2, "k"),
         (["--k", "0"], 2, "k"),
+        (["--seed", "-1"], 2, "seed must be at least 0"),
+        (["--device", "banana"], 2, "device must be auto, cpu, cuda or cuda:N; got 'banana'"),
+        (["--layers", ""], 2, "'' does not name layers"),
+        (["--layers", "9" * 5000], 2, "names layers that no model has"),
+        (["--layers", "0-99999999999"], 2, "'0-99999999999' names layers that no model has"),
+        (["--out", "FILE/below"], 2, "out: cannot write to the folder .*below: Not a directory"),
         (["--k", "5000"], 2, "k must be at most the number of latents = 192; got 5000"),
         (["--tokens", "lots"], 2, "'lots' is not a whole number; write it like 250000, 250k, 10M or 1.5B"),
         (["--layers", "one"], 2, "'one' does not name layers; write them like 1,3 or 0-3"),
@@ -256,7 +305,7 @@ def test_every_user_error_is_one_line(
     if extra[0] in ("--device", "--backend") and extra[1] == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     (tmp_path / "empty.txt").write_text("")
-    extra = [{"EMPTY": str(tmp_path / "empty.txt"), "FILE": str(tmp_path / "empty.txt")}.get(e, e) for e in extra]
+    extra = [e.replace("EMPTY", "FILE").replace("FILE", str(tmp_path / "empty.txt")) for e in extra]
     got, _, err = run(*arguments, "--out", tmp_path / "out", *extra)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert got == code, err
@@ -320,7 +369,7 @@ def test_layers() -> None:
     assert parse_layers("1,3") == [1, 3]
     assert parse_layers("0-2, 5") == [0, 1, 2, 5]
     assert parse_layers(None) == []
-    for wrong in ("3-1", "1,,2", "a", "-1"):
+    for wrong in ("3-1", "1,,2", "a", "-1", "", " "):
         with pytest.raises(Exception, match="does not name layers"):
             parse_layers(wrong)
 
@@ -345,16 +394,60 @@ def test_held_out_documents_are_never_trained_on() -> None:
         assert list(training.epoch(epoch, 700)) == list(training.epoch(epoch, 0))[700:]
 
 
-def test_too_few_documents_to_hold_out(run: Run, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_out", [False, True])
+def test_too_few_documents_to_hold_out(run: Run, arguments: list[str], tmp_path: Path, held_out: bool) -> None:
+    """One document is trained on, whichever side its hash is on."""
     data = tmp_path / "one.txt"
     words = " ".join(random.Random(1).choices(WORDS, k=3000))
-    while is_held_out(words):
+    while is_held_out(words) != held_out:
         words += " w1"
     data.write_text(words)
     code, out, _ = run(*arguments, "--data", data, "--tokens", "2k", "--out", tmp_path / "out")
     assert code == 0
     assert "evaluating on training text" in out
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["evaluation"]["held_out"] is False
+
+
+def test_a_foreign_model_on_the_built_in_data_counts_its_loss_everywhere(
+    run: Run, arguments: list[str], tmp_path: Path
+) -> None:
+    """Its tokenizer has no <asst>: as the unknown token it would stand for any word."""
+    out = tmp_path / "out"
+    code, printed, _ = run(*arguments, "--data", "builtin", "--tokens", "2k", "--eval-tokens", 200, "--out", out)
+    assert code == 0
+    assert "the model's tokenizer has no token <asst>: its loss is counted on whole documents" in printed
+    assert json.loads((out / "metrics.json").read_text())["evaluation"]["loss_after"] is None
+
+
+CUSTOM_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class CustomConfig(LlamaConfig):
+    model_type = "custom-llama"
+class CustomModel(LlamaForCausalLM):
+    config_class = CustomConfig
+"""
+
+
+def test_code_of_a_model_runs_only_with_the_flag(
+    run: Run, arguments: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    marker, folder = tmp_path / "executed", shutil.copytree(model_folder, tmp_path / "custom")
+    (folder / "custom.py").write_text(CUSTOM_CODE.format(marker=str(marker)))
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "custom-llama", "auto_map": own}))
+    flags = ["--model", folder, "--tokens", "2k", "--eval-tokens", 200, "--out", tmp_path / "out"]
+    code, _, err = run(*arguments, *flags)
+    assert code == 2
+    assert re.search("^error: cannot load the model .*custom.*Python code .* only with .*--trust-remote-code", err), err
+    assert err.count("\n") == 1
+    assert not marker.exists()
+    assert run(*arguments, *flags, "--trust-remote-code")[0] == 0
+    assert marker.exists()
 
 
 def test_demo_from_another_folder_within_2_gib(tmp_path: Path) -> None:

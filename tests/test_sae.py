@@ -150,6 +150,10 @@ def _spoil(name: str):
             tensors["b_dec"][0] = float("-inf")
         elif name == "scale":
             tensors["input_scale"] = torch.tensor(-1.0)
+        elif name == "tiny scale":  # positive and finite, and 0 in the fp32 it is used in
+            tensors["input_scale"] = torch.tensor(1e-300, dtype=torch.float64)
+        elif name == "huge scale":
+            tensors["input_scale"] = torch.tensor(1e300, dtype=torch.float64)
         elif name == "mixed":
             tensors["W_enc"] = tensors["W_enc"].half()
 
@@ -166,6 +170,8 @@ def _spoil(name: str):
         ("nan", "W_enc holds values that are not finite"),
         ("infinite", "b_dec holds values that are not finite"),
         ("scale", "input_scale must be positive"),
+        ("tiny scale", "input_scale must be positive, from 1.2e-38 to 3.4e.38; got 1e-300"),
+        ("huge scale", r"input_scale must be positive, from .*; got 1e\+300"),
         ("mixed", "must share one dtype"),
     ],
 )
@@ -189,6 +195,11 @@ def test_a_wrong_weights_file_is_refused(sae: TopKSAE, tmp_path, fault: str, mes
         ({"signed": True}, "unknown key 'signed'"),
         ({"k": None}, "k must be an integer"),
         ({"k": 1000}, "k must be at most n_latents = 96; got 1000"),
+        ({"metadata": "abc"}, "metadata must be a dict; got 'abc'"),
+        ({"layer": "one"}, "layer must be an integer or None; got 'one'"),
+        ({"layer": -1}, "layer must be at least 0, or None; got -1"),
+        ({"hook_name": [1]}, r"hook_name must be a string or None; got \[1\]"),
+        ({"model_name": 3}, "model_name must be a string or None; got 3"),
         ({"n_latents": 95}, r"W_enc must have shape \(95, 24\); got \(96, 24\)"),
     ],
 )
@@ -212,14 +223,41 @@ def test_files_that_are_not_there_or_not_files(sae: TopKSAE, tmp_path) -> None:
     (folder / "cfg.json").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
         TopKSAE.from_pretrained(folder)
-    (folder / "cfg.json").write_text("{")
-    with pytest.raises(ValueError, match="not a JSON file"):
-        TopKSAE.from_pretrained(folder)
+    for text in ("{", '{"metadata": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"d_in": ' + "9" * 5000 + "}"):
+        (folder / "cfg.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cfg\.json is not a JSON file"):
+            TopKSAE.from_pretrained(folder)
     sae.save_pretrained(tmp_path)
     weights = folder / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         TopKSAE.from_pretrained(folder)
+
+
+def test_what_cannot_be_read_back_is_not_written(sae: TopKSAE, tmp_path) -> None:
+    folder = sae.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, value, message in (
+        ("W_dec", float("nan"), "W_dec holds values that are not finite"),
+        ("b_enc", float("inf"), "b_enc holds values that are not finite"),
+        ("input_scale", 0.0, "input_scale must be positive"),
+    ):
+        broken = TopKSAE(sae.config)
+        with torch.no_grad():
+            broken.state_dict()[name].view(-1)[0] = value
+        with pytest.raises(ValueError, match=message) as error:
+            broken.save_pretrained(folder)
+        assert str(folder) in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # the good files are still there
+
+
+def test_weights_that_do_not_fit_the_dtype_asked_for_are_refused(sae: TopKSAE, tmp_path) -> None:
+    with torch.no_grad():
+        sae.b_enc[3] = 1e5
+    folder = sae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"b_enc .* not finite once converted from torch.float32 to torch.float16"):
+        TopKSAE.from_pretrained(folder, dtype=torch.float16)
+    assert torch.isfinite(TopKSAE.from_pretrained(folder, dtype=torch.bfloat16).b_enc).all()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +266,9 @@ def test_files_that_are_not_there_or_not_files(sae: TopKSAE, tmp_path) -> None:
         (lambda sae: TopKSAEConfig(8, 4, 5), ValueError, "k must be at most n_latents = 4; got 5"),
         (lambda sae: TopKSAEConfig(8, 4, 0), ValueError, "k must be at least 1; got 0"),
         (lambda sae: TopKSAEConfig(8, 4.0, 1), TypeError, "n_latents must be an integer"),
+        (lambda sae: TopKSAE.from_pretrained(None), TypeError, "path must be a string or a path; got None"),
+        (lambda sae: TopKSAE.from_pretrained("x", dtype=torch.int32), TypeError, "dtype must be .*; got torch.int32"),
+        (lambda sae: TopKSAE.from_pretrained("x", dtype="fp16"), TypeError, "dtype must be .*; got 'fp16'"),
         (lambda sae: sae(torch.zeros(3, D + 1)), ValueError, r"d_in = 24; got shape \(3, 25\)"),
         (lambda sae: sae(torch.zeros(3, D, dtype=torch.int64)), TypeError, "floating-point tensor"),
         (lambda sae: sae.init_from_data(torch.zeros(3, D)), ValueError, "not all zero"),

@@ -258,6 +258,44 @@ def test_states_of_other_streams_are_refused(tokenizer: Any) -> None:
         TokenStream(source[1:], tokenizer, 16, 2).load_state_dict(state)
     with pytest.raises(ValueError, match="expected a TokenStream state of version 1, got None"):
         TokenStream(source, tokenizer, 16, 2).load_state_dict({})
+    for change, message in (
+        ({"epoch": None}, "state: expected epoch of the TokenStream to be an int from 0 on, got None"),
+        ({"offset": -1}, "state: expected offset of the TokenStream to be an int from 0 on, got -1"),
+        ({"settings": 3}, "state: expected the settings of the TokenStream as a dict, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenStream(source, tokenizer, 16, 2).load_state_dict(state | change)
+    with pytest.raises(ValueError, match="state: expected epoch of the TokenStream"):
+        TokenStream(source, tokenizer, 16, 2).load_state_dict({"version": 1})
+
+
+@pytest.mark.parametrize("kind", ["list", "table", "saved", "file", "streamed file"])
+def test_other_content_is_refused(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    """As many documents, another word in the last one."""
+
+    def build(words: list[str]) -> TokenStream:
+        source: Any = words
+        if kind in ("table", "saved"):
+            source = datasets.Dataset.from_dict({"text": words})
+        if kind == "saved":
+            source.save_to_disk(tmp_path / words[-1])
+            source = tmp_path / words[-1]
+        if "file" in kind:
+            source = tmp_path / f"{words[-1]}.txt"
+            source.write_text("\n".join(words))
+        streaming = kind == "streamed file"
+        return TokenStream(source, tokenizer, 16, 2, streaming=streaming, cache_dir=tmp_path / "cache")
+
+    source = texts(documents(100))
+    stream = build([*source, "w1"])
+    next(stream)
+    state = json.loads(json.dumps(stream.state_dict()))
+    stream.close()
+    build([*source, "w1"]).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state: the content of .* has changed since it was saved"):
+        build([*source, "w2"]).load_state_dict(state)
+    del state["fingerprint"]  # as older versions wrote it
+    build([*source, "w2"]).load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------------- sources
@@ -413,6 +451,16 @@ def test_bad_files(tokenizer: Any, tmp_path: Path) -> None:
         TokenStream(["w1"], tokenizer, batch_size=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="bos: the tokenizer has no bos_token"):
         TokenStream(["w1"], make_tokenizer(bos_token=None), bos=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("latin.txt", b"w1 caf\xe9\n"), ("cut.parquet", b"PAR1 and no more"), ("broken.jsonl.gz", b"no gzip")],
+)
+def test_bad_streamed_files_are_named(tokenizer: Any, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"source: cannot read .*{name}( as |: )"):
+        next(TokenStream(tmp_path / name, tokenizer, streaming=True, prefetch=0, cache_dir=tmp_path / "cache"))
 
 
 def test_a_hub_name_that_cannot_be_loaded(tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,14 +27,13 @@ from refusal_kernels.python_api import checkpoint
 from refusal_kernels.python_api.checkpoint import CheckpointFolder, atomic_file, write_json
 from refusal_kernels.python_api.plots import plot_training
 from refusal_kernels.python_api.sae import TopKSAE
+from refusal_kernels.python_api.train_log import LOG_FILE, read_train_log
 from refusal_kernels.python_api.trainer import (
-    LOG_FILE,
     DataEnded,
     SAETrainer,
     TrainConfig,
     TrainingDiverged,
     TrainingInterrupted,
-    read_train_log,
 )
 
 D, BATCH = 16, 256
@@ -361,11 +361,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         ({"layers": [-1]}, "layers must be layer numbers from 0"),
         ({"buffer_tokens": 300}, "buffer_tokens must be at least 2 batches = 512"),
         ({"device": "gpu"}, "device must be auto, cpu, cuda"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**63}, "seed must be at least 0 and below"),
+        ({"betas": [0.9]}, "betas must be two numbers"),
     ],
 )
 def test_wrong_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        settings(tmp_path, **changes).resolved_device()
+        settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": "many"}, "k must be of type int; got 'many'"),
+        ({"k": True}, "k must be of type int; got True"),
+        ({"lr": "fast"}, "lr must be of type float | None; got 'fast'"),
+        ({"streaming": 1}, "streaming must be of type bool; got 1"),
+        ({"text_field": 3}, "text_field must be of type str; got 3"),
+        ({"layers": 5}, "layers must be a list; got 5"),
+    ],
+)
+def test_settings_of_the_wrong_type(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        settings(tmp_path, **changes)
+    values = settings(tmp_path).to_dict()
+    with pytest.raises(ValueError, match=re.escape(f"training.json: {message}")):
+        TrainConfig.from_dict(values | changes, "training.json")
+
+
+def test_a_gpu_that_this_machine_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert settings(tmp_path, device="cuda:1").resolved_device() == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="device 'cuda:2' was asked for; this PyTorch sees 2 GPUs"):
+        settings(tmp_path, device="cuda:2").resolved_device()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
