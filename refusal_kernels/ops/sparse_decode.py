@@ -47,8 +47,7 @@ def sparse_decode(
     """
     _, d = check_decoder("sparse_decode", values, indices, W_dec, b_dec)
     dtype = matmul_dtype(values.device.type, values.dtype, W_dec.dtype)
-    if not torch.compiler.is_compiling():
-        backend = requested_backend(backend)
+    backend = requested_backend(backend)  # settled here for the backward pass too
     k = values.shape[-1]
     n_rows = values.shape[:-1].numel()  # reshape(-1, 0) could not tell the number of rows
     x_hat = _SparseDecode.apply(

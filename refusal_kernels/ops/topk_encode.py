@@ -54,9 +54,8 @@ def topk_encode(
     n_latents, d = check_encoder("topk_encode", x, W_enc, b_enc, b_dec)
     k = check_k("topk_encode", k, n_latents)
     dtype = matmul_dtype(x.device.type, x.dtype, W_enc.dtype)
-    if not torch.compiler.is_compiling():
-        # Settled here so that the backward pass, which may run outside a `use_backend` block, takes the same back-end.
-        backend = requested_backend(backend)
+    # Settled here so that the backward pass, which may run outside a `use_backend` block, takes the same back-end.
+    backend = requested_backend(backend)
     values, indices = _TopKEncode.apply(x.reshape(-1, d).to(dtype), W_enc.to(dtype), b_enc, b_dec, k, backend)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
