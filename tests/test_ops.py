@@ -399,3 +399,13 @@ def test_decode_names_what_is_wrong(backend, change, message):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as caught:
         rk.sparse_decode(**{**GOOD_DECODE, **change}, backend=backend)
     assert isinstance(caught.value, (ValueError, TypeError)), "a clear error, not one from the depths of a kernel"
+
+
+def test_torch_func_is_refused_in_plain_words():
+    encode = lambda x: rk.topk_encode(x, GOOD_ENCODE["W_enc"], GOOD_ENCODE["b_enc"], 2)[0].sum()  # noqa: E731
+    decode = lambda v: rk.sparse_decode(v, torch.tensor([0, 1]), GOOD_DECODE["W_dec"]).sum()  # noqa: E731
+    for op, function in (("topk_encode", encode), ("sparse_decode", decode)):
+        for transform in (torch.func.grad, torch.func.vmap):
+            argument = torch.randn(4 if op == "topk_encode" else 2)
+            with pytest.raises(NotImplementedError, match=rf"{op}: the transforms of torch\.func \(grad, vmap"):
+                transform(function)(argument if transform is torch.func.grad else argument[None])

@@ -36,6 +36,20 @@ def pick(
     return select(op, request, backend, record_as)
 
 
+def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`. A Function that torch.func could transform would cost several times as much per call;
+    torch's own refusal speaks of a static method, and nothing is asked on the way unless it comes."""
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"{op}: the transforms of torch.func (grad, vmap, jacrev, ...) are not supported; "
+            "call it outside of them and use torch.autograd.grad or backward()"
+        ) from None
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Operand dtypes were settled by the public function; products inside an implementation must not be cast again."""
     if torch.is_autocast_enabled(device_type):

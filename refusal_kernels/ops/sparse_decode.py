@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
 from ..checks import check_decoder, check_index_range, compute_dtype, matmul_dtype
-from .library import define, pick, without_autocast
+from .library import apply, define, pick, without_autocast
 
 
 def sparse_decode(
@@ -42,6 +42,7 @@ def sparse_decode(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
         BackendError: an explicitly requested back-end cannot run this.
+        NotImplementedError: under the transforms of torch.func (grad, vmap, ...).
 
     Source: Gao et al., arXiv 2406.04093, section 2.1.
     """
@@ -50,9 +51,8 @@ def sparse_decode(
     backend = requested_backend(backend)  # settled here for the backward pass too
     k = values.shape[-1]
     n_rows = values.shape[:-1].numel()  # reshape(-1, 0) could not tell the number of rows
-    x_hat = _SparseDecode.apply(
-        values.reshape(n_rows, k).to(dtype), indices.reshape(n_rows, k), W_dec.to(dtype), b_dec, backend
-    )
+    values_, indices_ = values.reshape(n_rows, k).to(dtype), indices.reshape(n_rows, k)
+    x_hat = apply("sparse_decode", _SparseDecode, values_, indices_, W_dec.to(dtype), b_dec, backend)
     return x_hat.reshape(*values.shape[:-1], d)
 
 
