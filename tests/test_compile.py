@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import refusal_kernels as rk
+from refusal_kernels.python_api.sae import TopKSAE, TopKSAEConfig
 
 BACKENDS = ("reference", "cpu")
 
@@ -141,3 +142,16 @@ def test_the_environment_is_read_when_a_compiled_graph_runs(monkeypatch):
         monkeypatch.setenv("REFUSAL_KERNELS_BACKEND", name)
         function(*leaves()).backward()
         assert backends_that_ran() == {name}
+
+
+def test_meta_tensors_give_shapes_and_gradients():
+    tensors = [t.detach().to("meta").requires_grad_() for t in leaves()]
+    with torch.autocast("cpu"):  # which is for CPU tensors: linear leaves meta tensors alone as well
+        values, indices = rk.topk_encode(*tensors[:3], 3, tensors[4])
+        x_hat = rk.sparse_decode(values, indices, *tensors[3:])
+        assert torch.nn.functional.linear(*tensors[:3]).dtype == values.dtype == torch.float32
+    assert (x_hat.device.type, x_hat.shape, indices.dtype) == ("meta", (6, 5), torch.int64)
+    x_hat.sum().backward()
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in tensors)
+    sae = TopKSAE(TopKSAEConfig(5, 11, 3), device="meta")
+    assert sae(torch.empty(2, 6, 5, device="meta")).shape == (2, 6, 5)
