@@ -6,7 +6,11 @@ cost a few microseconds. Wrong values in a tensor are the business of the operat
 
 from __future__ import annotations
 
+import itertools
+import math
+import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +72,51 @@ def check_k(op: str, k: Any, n_latents: int, name: str = "k", meaning: str = "F 
     if k > n_latents:
         raise ValueError(f"{op}: {name} must be at most {meaning} = {n_latents}; got {name} = {k}")
     return k
+
+
+def check_number(op: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
+    """`value` as a float, for which `holds`; `expected` says so in words, e.g. "a finite number of at least 0"."""
+    is_number = isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype != torch.bool
+    is_number = is_number or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    if not is_number:
+        raise TypeError(f"{op}: {name} must be {expected}; got {describe(value)}")
+    if not holds(float(value)):
+        raise ValueError(f"{op}: {name} must be {expected}; got {value!r}")
+    return float(value)
+
+
+def check_not_negative(op: str, name: str, value: Any) -> float:
+    """`value` as a float of at least 0, not infinite and not NaN."""
+    return check_number(op, name, value, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
+
+
+def check_separate_memory(op: str, **tensors: torch.Tensor) -> None:
+    """No two of these tensors, of one dtype and device, share an element: each can be updated in place on its own."""
+    spans = {name: _span(tensor) for name, tensor in tensors.items()}
+    for (name, a), (other, b) in itertools.combinations(tensors.items(), 2):
+        (a_start, a_end), (b_start, b_end) = spans[name], spans[other]
+        if a is b or (a_start < b_end and b_start < a_end and _share_an_element(a, b)):
+            raise ValueError(
+                f"{op}: {name} and {other} must not share memory, because each is updated in place; "
+                "got overlapping tensors (tied weights or views)"
+            )
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses from the first to past the last element, in elements; meta tensors have none."""
+    if tensor.device.type == "meta":
+        return 0, 0
+    start = tensor.data_ptr() // tensor.element_size()
+    return start, start + 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _share_an_element(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether one address belongs to both. Spans may meet without that: W[:, :d] and W[:, d:] interleave."""
+    (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
+    start = min(a_start, b_start)
+    of_a = torch.zeros(max(a_end, b_end) - start, dtype=torch.bool)
+    of_a.as_strided(a.shape, a.stride(), a_start - start).fill_(True)
+    return bool(of_a.as_strided(b.shape, b.stride(), b_start - start).any())
 
 
 def check_encoder(op: str, x: Any, W_enc: Any, b_enc: Any, b_dec: Any, *, x_name: str = "x") -> tuple[int, int]:
@@ -135,6 +184,7 @@ def matmul_dtype(device_type: str, *dtypes: torch.dtype) -> torch.dtype:
     dtype = dtypes[0]
     for other in dtypes[1:]:
         dtype = torch.promote_types(dtype, other)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    # Autocast knows no meta tensors: torch raises when asked about them, and linear does not cast them.
+    if dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return dtype

@@ -1,9 +1,10 @@
 """Every primitive in plain PyTorch: what the kernels compute, on any device and in any float dtype.
 
-This is the oracle of the tests and the back-end of last resort. It is dense on purpose: it builds the [N, F] code
-matrix that the kernels exist to avoid, so that each function is the equation it stands for. Shapes: x [N, d], W_enc
-and W_dec [F, d], b_enc [F], b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs)
-and rounded once at the end.
+This is the oracle of the tests and the back-end of last resort: each function is the equation it stands for. The
+encoder is dense on purpose, with the [N, F] pre-activations that the kernels exist to avoid. What comes after it sums
+over the selected pairs (n, indices[n, j]) alone, as the kernels do: a product with the dense code matrix would carry
+an infinity or NaN into every other row, because 0 * inf is NaN. Shapes: x [N, d], W_enc and W_dec [F, d], b_enc [F],
+b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs) and rounded once at the end.
 
 Source of the equations: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.2.
 """
@@ -16,10 +17,29 @@ from torch import Tensor
 from .checks import compute_dtype
 
 
-def _codes(values: Tensor, indices: Tensor, n_latents: int) -> Tensor:
-    """The sparse code as a dense [N, F] matrix in the compute dtype; duplicate indices add up."""
-    codes = torch.zeros(values.shape[0], n_latents, dtype=compute_dtype(values.dtype), device=values.device)
-    return codes.scatter_add_(1, indices.long(), values.to(codes.dtype))
+def _gather(weights: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """[N, d]: sum_j weights[n, j] rows[indices[n, j]], from rows [F, d]; one slot at a time, so no [N, k, d]."""
+    ct = compute_dtype(rows.dtype)
+    total = torch.zeros(indices.shape[0], rows.shape[1], dtype=ct, device=rows.device)
+    for weight, index in zip(weights.to(ct).T, indices.T, strict=True):
+        total += weight[:, None] * rows[index].to(ct)
+    return total
+
+
+def _scatter(weights: Tensor, indices: Tensor, rows: Tensor, n_latents: int, skip: Tensor | None = None) -> Tensor:
+    """[F, d]: row f is the sum of weights[n, j] rows[n] over the pairs with indices[n, j] = f, from rows [N, d]; the
+    transpose of `_gather`. Pairs where `skip` [N, k] is true do not count, whatever their row holds."""
+    ct = compute_dtype(rows.dtype)
+    total = torch.zeros(n_latents, rows.shape[1], dtype=ct, device=rows.device)
+    for j, (weight, index) in enumerate(zip(weights.to(ct).T, indices.T, strict=True)):
+        part = weight[:, None] * rows.to(ct)
+        if skip is not None:
+            part = part.masked_fill(skip[:, j, None], 0)
+        if total.is_cuda:  # in a fixed order: index_add_ would use atomics there
+            total.index_put_((index.long(),), part, accumulate=True)
+        else:
+            total.index_add_(0, index, part)
+    return total
 
 
 def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -49,18 +69,24 @@ def topk_encode_backward(
     need_W: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(dx [N, d] or None, dW_enc [F, d] or None, db_enc [F]); no gradient passes through a value of exactly 0."""
-    dpre = torch.where(values != 0, grad_values, 0)
-    dcodes = _codes(dpre, indices, W_enc.shape[0])
-    dx = (dcodes @ W_enc.to(dcodes.dtype)).to(x.dtype) if need_x else None
-    dW_enc = (dcodes.T @ _centred(x, b_dec)).to(W_enc.dtype) if need_W else None
-    return dx, dW_enc, dcodes.sum(0)
+    n_latents = W_enc.shape[0]
+    zero = values == 0
+    dpre = torch.where(zero, 0, grad_values)
+    dx = _gather(dpre, indices, W_enc).to(x.dtype) if need_x else None
+    dW_enc = _scatter(dpre, indices, _centred(x, b_dec), n_latents, zero).to(W_enc.dtype) if need_W else None
+    return dx, dW_enc, _bias_gradient(dpre, indices, n_latents)
+
+
+def _bias_gradient(dpre: Tensor, indices: Tensor, n_latents: int) -> Tensor:
+    """db_enc [F]: dpre summed by latent."""
+    ones = torch.ones(dpre.shape[0], 1, dtype=compute_dtype(dpre.dtype), device=dpre.device)
+    return _scatter(dpre, indices, ones, n_latents).squeeze(1)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """x_hat [N, d] = sum_j values_j W_dec[indices_j] + b_dec."""
-    codes = _codes(values, indices, W_dec.shape[0])
-    x_hat = codes @ W_dec.to(codes.dtype)
-    return (x_hat if b_dec is None else x_hat + b_dec.to(codes.dtype)).to(W_dec.dtype)
+    x_hat = _gather(values, indices, W_dec)
+    return (x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)).to(W_dec.dtype)
 
 
 def sparse_decode_backward(
@@ -70,7 +96,7 @@ def sparse_decode_backward(
     ct = compute_dtype(W_dec.dtype)
     g = grad.to(ct)
     dvalues = torch.gather(g @ W_dec.to(ct).T, 1, indices.long()).to(values.dtype) if need_values else None
-    dW_dec = (_codes(values, indices, W_dec.shape[0]).T @ g).to(W_dec.dtype) if need_W else None
+    dW_dec = _scatter(values, indices, g, W_dec.shape[0]).to(W_dec.dtype) if need_W else None
     return dvalues, dW_dec
 
 
@@ -78,8 +104,7 @@ def decode_residual(
     x: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(e [N, d] = x_hat - x, ||e_n||^2 [N] in the compute dtype)."""
-    ct = compute_dtype(x.dtype)
-    e = _codes(values, indices, W_dec.shape[0]) @ W_dec.to(ct) - _centred(x, b_dec)
+    e = _gather(values, indices, W_dec) - _centred(x, b_dec)
     return e.to(x.dtype), e.square().sum(1)
 
 
@@ -100,11 +125,11 @@ def sae_backward(
     n_latents = W_enc.shape[0]
     ct = compute_dtype(e.dtype)
     g = scale * e.to(ct)
-    dvalues = torch.gather(g @ W_dec.to(ct).T, 1, indices.long())
-    dcodes = _codes(torch.where(values != 0, dvalues, 0), indices, n_latents)
-    dW_dec += _codes(values, indices, n_latents).T @ g
-    dW_enc += dcodes.T @ _centred(x, b_dec)
-    db_enc += dcodes.sum(0)
+    zero = values == 0  # did not fire: the pair only fills the row up
+    dpre = torch.gather(g @ W_dec.to(ct).T, 1, indices.long()).masked_fill(zero, 0)
+    dW_dec += _scatter(values, indices, g, n_latents, zero)
+    dW_enc += _scatter(dpre, indices, _centred(x, b_dec), n_latents, zero)
+    db_enc += _bias_gradient(dpre, indices, n_latents)
 
 
 def adam_rows(

@@ -56,6 +56,15 @@ def test_backward_takes_the_back_end_of_its_forward():
         values, _ = rk.topk_encode(X, w, B, 2)
     values.sum().backward()
     assert rk.last_backend("topk_encode_backward") == "reference"
+    for asked in ("auto", None):
+        if asked is None:
+            values, _ = rk.topk_encode(X, w, B, 2)
+        else:
+            with rk.use_backend(asked):
+                values, _ = rk.topk_encode(X, w, B, 2)
+        with rk.use_backend("reference"):
+            values.sum().backward()
+        assert rk.last_backend("topk_encode_backward") == "cpu"
 
 
 def test_use_backend_is_local_to_its_thread_and_ends_after_an_exception():

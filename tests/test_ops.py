@@ -334,43 +334,6 @@ def test_mixed_dtypes_are_promoted():
     assert rk.sparse_decode(values.half(), indices, torch.randn(7, 4)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
-    x, W, b, b_dec = torch.randn(6, 5), torch.randn(11, 5), torch.randn(11), torch.randn(5)
-    ops = torch.ops.refusal_kernels
-    for dtype in (torch.float32, torch.bfloat16):
-        xs, Ws, bs, cs = x.to(dtype), W.to(dtype), b.to(dtype), b_dec.to(dtype)
-        for strided in (False, True):
-            if strided:
-                xs = xs.T.contiguous().T
-            torch.library.opcheck(ops.topk_encode.default, (xs, Ws, bs, 3, cs, backend))
-            values, indices = ops.topk_encode(xs, Ws, bs, 3, cs, backend)
-            torch.library.opcheck(ops.sparse_decode.default, (values, indices, Ws, cs, backend))
-            for flags in ((True, True), (True, False), (False, True)):
-                torch.library.opcheck(
-                    ops.topk_encode_backward.default, (values, values, indices, xs, Ws, cs, *flags, backend)
-                )
-                torch.library.opcheck(ops.sparse_decode_backward.default, (xs, values, indices, Ws, *flags, backend))
-
-
-def test_fullgraph_compile_gives_the_same_gradients():
-    def loss(x, W_enc, b_enc, W_dec, b_dec):
-        values, indices = rk.topk_encode(x, W_enc, b_enc, 3, b_dec)
-        return (rk.sparse_decode(values, indices, W_dec, b_dec) - x).square().sum()
-
-    shapes = ((6, 5), (11, 5), (11,), (11, 5), (5,))
-    torch.manual_seed(3)
-    start = [torch.randn(s) for s in shapes]
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [t.clone().requires_grad_() for t in start]
-        value = function(*leaves)
-        value.backward()
-        results.append([value.detach(), *(leaf.grad for leaf in leaves)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 GOOD_ENCODE = {
     "x": torch.randn(3, 4),
     "W_enc": torch.randn(9, 4),
@@ -436,3 +399,13 @@ def test_decode_names_what_is_wrong(backend, change, message):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as caught:
         rk.sparse_decode(**{**GOOD_DECODE, **change}, backend=backend)
     assert isinstance(caught.value, (ValueError, TypeError)), "a clear error, not one from the depths of a kernel"
+
+
+def test_torch_func_is_refused_in_plain_words():
+    encode = lambda x: rk.topk_encode(x, GOOD_ENCODE["W_enc"], GOOD_ENCODE["b_enc"], 2)[0].sum()  # noqa: E731
+    decode = lambda v: rk.sparse_decode(v, torch.tensor([0, 1]), GOOD_DECODE["W_dec"]).sum()  # noqa: E731
+    for op, function in (("topk_encode", encode), ("sparse_decode", decode)):
+        for transform in (torch.func.grad, torch.func.vmap):
+            argument = torch.randn(4 if op == "topk_encode" else 2)
+            with pytest.raises(NotImplementedError, match=rf"{op}: the transforms of torch\.func \(grad, vmap"):
+                transform(function)(argument if transform is torch.func.grad else argument[None])

@@ -245,6 +245,47 @@ def test_frozen_parameters_and_low_precision_inputs():
         assert not torch.equal(before, params[0])
 
 
+def masked_adam_step(adam, parameters, max_grad_norm) -> None:
+    """The optimiser of SAEAdam's docstring where some parameters have no gradient, which torch.optim leaves alone."""
+    W_dec = parameters[2]
+    if W_dec.grad is not None:
+        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True) * W_dec
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    adam.step()
+    if W_dec.grad is not None:
+        W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("frozen", [(0,), (2,), (0, 1), (3,), (1, 2, 3)])
+def test_frozen_parameters_do_not_move(backend, max_grad_norm, frozen):
+    """Free, frozen, free again: their moments and step counts stand still meanwhile, as in torch.optim.Adam."""
+    x = torch.randn(N, D_IN, dtype=torch.float64)
+    inside, plain = twins()
+    outside = [p.detach().clone().requires_grad_() for p in plain]
+    fused = rk.SAEAdam(*inside, lr=0.03, max_grad_norm=max_grad_norm, backend=backend)
+    alone = rk.SAEAdam(*outside, lr=0.03, max_grad_norm=max_grad_norm, backend=backend)
+    adam = torch.optim.Adam(plain, 0.03)
+    for free in (True, False, False, True):
+        for parameters_ in (inside, outside, plain):
+            for i in frozen:
+                parameters_[i].requires_grad_(free)
+        before = [p.detach().clone() for p in inside]
+        rk.sae_step(x, *inside, K, dead=DEAD, optimizer=fused, backend=backend)
+        for optimizer, others in ((alone, outside), (adam, plain)):
+            optimizer.zero_grad()
+            plain_loss(x, others, K, DEAD, backend=backend).backward()
+        alone.step()
+        masked_adam_step(adam, plain, max_grad_norm)
+        for i, (a, b, c) in enumerate(zip(inside, outside, plain, strict=True)):
+            torch.testing.assert_close(a, c)
+            torch.testing.assert_close(b, c)
+            assert torch.equal(a, before[i]) == (i in frozen and not free)
+            assert fused.state[a]["step"] == alone.state[b]["step"] == adam.state[c]["step"]
+
+
 def test_errors_name_what_is_wrong():
     params = parameters(torch.float32)
     x = torch.randn(N, D_IN)
@@ -260,6 +301,13 @@ def test_errors_name_what_is_wrong():
         ({"dead": torch.tensor([F])}, "dead must hold latents in"),
         ({"dead": torch.tensor([[1]])}, r"dead must be a vector \[D\]"),
         ({"k_aux": 0}, "k_aux must be at least 1"),
+        ({"W_dec": params[0]}, "W_enc and W_dec must not share memory"),
+        ({"aux_alpha": "a"}, "aux_alpha must be a finite number of at least 0; got str 'a'"),
+        ({"aux_alpha": -1}, "aux_alpha must be a finite number of at least 0; got -1"),
+        ({"aux_alpha": float("nan")}, "aux_alpha must be a finite number of at least 0; got nan"),
+        ({"grad_scale": "a"}, "grad_scale must be a finite number; got str 'a'"),
+        ({"grad_scale": float("inf")}, "grad_scale must be a finite number; got inf"),
+        ({"backend": ["cpu"]}, r"backend must be one of reference, .*; got \['cpu'\]"),
         ({"optimizer": torch.optim.Adam(params)}, "optimizer must be a refusal_kernels.SAEAdam or None; got Adam"),
         ({"optimizer": rk.SAEAdam(*parameters(torch.float32))}, "optimizer must hold exactly the tensors"),
     ]
@@ -277,9 +325,8 @@ def test_errors_name_what_is_wrong():
             rk.sae_step(**{**arguments, **change})
     with pytest.raises(ValueError, match="at least one of W_enc, b_enc, W_dec, b_dec must require a gradient"):
         rk.sae_step(x, *(p.detach() for p in params), K)
-    for bad in ({"lr": -1}, {"betas": (0.9, 1.0)}, {"eps": -1}, {"max_grad_norm": 0}, {"backend": "no"}):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
-            rk.SAEAdam(*params, **bad)
+    with pytest.raises(TypeError, match=r"aux_k_loss: b_dec must be a torch\.Tensor; got NoneType"):
+        rk.aux_k_loss(x, x, *params[:3], None, DEAD)
 
 
 def test_dead_latents_counts_tokens_and_refreshes():
@@ -304,6 +351,17 @@ def test_dead_latents_counts_tokens_and_refreshes():
         rk.DeadLatents(5).load_state_dict(tracker.state_dict())
     with pytest.raises(ValueError, match="refresh_every must be an integer of at least 1; got 0"):
         rk.DeadLatents(5, refresh_every=0)
+    with pytest.raises(TypeError, match="fire_counts must be a tensor"):
+        tracker.update([1, 0, 0, 3], 10)
+    for n_tokens in (-1, 2.5, "a"):
+        with pytest.raises(ValueError, match="n_tokens must be an integer of at least 0"):
+            tracker.update(fires, n_tokens)
+    for state in ({}, [], {"tokens_since_fired": 3}):
+        with pytest.raises(ValueError, match="state must hold tokens_since_fired, rows, updates"):
+            tracker.load_state_dict(state)
+    with pytest.raises(TypeError, match=r"rows must be a torch\.Tensor; got list"):
+        tracker.load_state_dict({**other.state_dict(), "rows": [1]})
+    assert tracker.tokens_since_fired.tolist() == other.tokens_since_fired.tolist()
 
 
 def test_dead_counters_example():

@@ -9,10 +9,10 @@ request, and warns once per operator when that is the plain PyTorch reference on
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from .base import Backend, BackendError, Request
@@ -52,14 +52,28 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "sae_adam": ("adam_rows",),
 }
 
-_requested: ContextVar[str | None] = ContextVar("refusal_kernels_backend", default=None)
+NAMES = (*BACKENDS, "auto")
+
+
+class _Requested(threading.local):
+    """The name that the innermost `use_backend` block of this thread asks for, or None.
+
+    Not a ContextVar: torch.compile can trace and guard an attribute of a thread-local object, so that a block works
+    inside a compiled function and one around it compiles that function for its back-end.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # on the instance: a default on the class would not be guarded
+
+
+_requested = _Requested()
 _last: dict[str, str] = {}
 _warned: set[str] = set()
 
 
 def _check_name(name: Any, source: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {', '.join((*BACKENDS, 'auto'))}; got {name!r}")
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
     return name
 
 
@@ -67,14 +81,17 @@ def _check_name(name: Any, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Runs every operator of the block on one back-end: "reference", "cpu", "triton", "cuda", or "auto" to choose.
 
-    Backward passes use the back-end their forward pass was given, also after the block. Local to the thread or task.
-    Raises ValueError for an unknown name; the operators raise BackendError when the back-end cannot run them.
+    Backward passes use the back-end their forward pass was given, also after the block. Local to the thread. Works
+    inside and around functions under torch.compile, which compiles one graph per back-end asked for; an exported
+    program keeps the request it was exported with. Raises ValueError for an unknown name; the operators raise
+    BackendError when the back-end cannot run them.
     """
-    token = _requested.set(_check_name(name, "use_backend: name"))
+    outer = _requested.name
+    _requested.name = _check_name(name, "use_backend: name")
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.name = outer
 
 
 def last_backend(op: str) -> str | None:
@@ -87,21 +104,16 @@ def last_backend(op: str) -> str | None:
 
 
 def requested_backend(backend: str | None) -> str | None:
-    """The explicit request in force for an operator called with `backend=`; None means "auto"."""
-    if backend is not None:
-        name = _check_name(backend, "backend")
-    elif (inherited := _requested.get()) is not None:
-        name = inherited
-    elif from_environment := os.environ.get(ENVIRONMENT_VARIABLE):
-        name = _check_name(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
-    else:
-        return None
-    return None if name == "auto" else name
+    """What is asked for where an operator is called: its `backend=`, else the name of the `use_backend` block, else
+    None, which leaves it to the environment when the operator runs. Forward and backward pass share the answer."""
+    return _requested.name if backend is None else _check_name(backend, "backend")
 
 
 def select(op: str, request: Request, backend: str | None, record_as: str | None = None) -> Backend:
     """The back-end that runs `op` for `request`; `backend` as from `requested_backend`. Records it for last_backend."""
-    if backend is not None:
+    if backend is None and (from_environment := os.environ.get(ENVIRONMENT_VARIABLE)):
+        backend = _check_name(from_environment, f"the environment variable {ENVIRONMENT_VARIABLE}")
+    if backend is not None and backend != "auto":
         chosen = BACKENDS[backend]
         if chosen.not_supported_reasons(op, request):
             raise BackendError(_refusal(op, request, backend))

@@ -1,8 +1,8 @@
 """The torch.library namespace of the operators: schema, shape function, and the implementation that picks a back-end.
 
 One operator per mathematical contract. The back-end is chosen inside the implementation, on real tensors, so a
-compiled graph holds `refusal_kernels::topk_encode` and not a choice made while tracing. Autograd lives outside, in the
-public functions: these raw operators give no gradient.
+compiled graph holds `refusal_kernels::topk_encode` and what the caller asked for, not a choice made while tracing.
+Autograd lives outside, in the public functions: these raw operators give no gradient and know no `use_backend`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..backends import Backend, requested_backend, select
+from ..backends import Backend, select
 from ..backends.base import Request
 
 LIBRARY = torch.library.Library("refusal_kernels", "DEF")
@@ -31,9 +31,23 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 def pick(
     op: str, rows: torch.Tensor, k: int, n_latents: int, backend: str | None, record_as: str | None = None
 ) -> Backend:
-    """The back-end for an operator whose row tensors look like `rows` [N, d]."""
+    """The back-end for an operator whose row tensors look like `rows` [N, d]; `backend` as from `requested_backend`."""
     request = Request(rows.device.type, rows.dtype, n_latents=n_latents, d=rows.shape[-1], k=k)
-    return select(op, request, requested_backend(backend), record_as)
+    return select(op, request, backend, record_as)
+
+
+def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`. A Function that torch.func could transform would cost several times as much per call;
+    torch's own refusal speaks of a static method, and nothing is asked on the way unless it comes."""
+    try:
+        return function.apply(*args)
+    except RuntimeError as error:
+        if "setup_context" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"{op}: the transforms of torch.func (grad, vmap, jacrev, ...) are not supported; "
+            "call it outside of them and use torch.autograd.grad or backward()"
+        ) from None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

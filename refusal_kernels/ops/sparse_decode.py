@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
 from ..checks import check_decoder, check_index_range, compute_dtype, matmul_dtype
-from .library import define, pick, without_autocast
+from .library import apply, define, pick, without_autocast
 
 
 def sparse_decode(
@@ -42,18 +42,17 @@ def sparse_decode(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
         BackendError: an explicitly requested back-end cannot run this.
+        NotImplementedError: under the transforms of torch.func (grad, vmap, ...).
 
     Source: Gao et al., arXiv 2406.04093, section 2.1.
     """
     _, d = check_decoder("sparse_decode", values, indices, W_dec, b_dec)
     dtype = matmul_dtype(values.device.type, values.dtype, W_dec.dtype)
-    if not torch.compiler.is_compiling():
-        backend = requested_backend(backend)
+    backend = requested_backend(backend)  # settled here for the backward pass too
     k = values.shape[-1]
     n_rows = values.shape[:-1].numel()  # reshape(-1, 0) could not tell the number of rows
-    x_hat = _SparseDecode.apply(
-        values.reshape(n_rows, k).to(dtype), indices.reshape(n_rows, k), W_dec.to(dtype), b_dec, backend
-    )
+    values_, indices_ = values.reshape(n_rows, k).to(dtype), indices.reshape(n_rows, k)
+    x_hat = apply("sparse_decode", _SparseDecode, values_, indices_, W_dec.to(dtype), b_dec, backend)
     return x_hat.reshape(*values.shape[:-1], d)
 
 
@@ -80,11 +79,18 @@ class _SparseDecode(torch.autograd.Function):
 
 
 def _forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None) -> Tensor:
-    check_index_range("sparse_decode", indices, W_dec.shape[0])
     chosen = pick("sparse_decode", W_dec, values.shape[1], W_dec.shape[0], backend)
     b_dec = None if b_dec is None else b_dec.to(compute_dtype(W_dec.dtype)).contiguous()
-    with without_autocast(W_dec.device.type):
-        return chosen.sparse_decode(values.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec)  # type: ignore[attr-defined]
+    if chosen.name != "cpu":
+        check_index_range("sparse_decode", indices, W_dec.shape[0])
+    try:
+        with without_autocast(W_dec.device.type):
+            return chosen.sparse_decode(values.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec)  # type: ignore[attr-defined]
+    except RuntimeError:
+        # The C++ kernels look at the range themselves, and a second look would cost a tenth of a call at d = 128; only
+        # their refusal is put in this operator's words.
+        check_index_range("sparse_decode", indices, W_dec.shape[0])
+        raise
 
 
 def _backward(

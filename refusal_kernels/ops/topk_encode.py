@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
 from ..checks import check_encoder, check_k, compute_dtype, matmul_dtype
-from .library import define, pick, without_autocast
+from .library import apply, define, pick, without_autocast
 
 
 def topk_encode(
@@ -48,16 +48,17 @@ def topk_encode(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
         BackendError: an explicitly requested back-end cannot run this.
+        NotImplementedError: under the transforms of torch.func (grad, vmap, ...).
 
     Source: Gao et al., arXiv 2406.04093, equation 3 (TopK after ReLU).
     """
     n_latents, d = check_encoder("topk_encode", x, W_enc, b_enc, b_dec)
     k = check_k("topk_encode", k, n_latents)
     dtype = matmul_dtype(x.device.type, x.dtype, W_enc.dtype)
-    if not torch.compiler.is_compiling():
-        # Settled here so that the backward pass, which may run outside a `use_backend` block, takes the same back-end.
-        backend = requested_backend(backend)
-    values, indices = _TopKEncode.apply(x.reshape(-1, d).to(dtype), W_enc.to(dtype), b_enc, b_dec, k, backend)
+    # Settled here so that the backward pass, which may run outside a `use_backend` block, takes the same back-end.
+    backend = requested_backend(backend)
+    rows = x.reshape(-1, d).to(dtype)
+    values, indices = apply("topk_encode", _TopKEncode, rows, W_enc.to(dtype), b_enc, b_dec, k, backend)
     return values.reshape(*x.shape[:-1], k), indices.reshape(*x.shape[:-1], k)
 
 

@@ -62,6 +62,7 @@ def aux_k_loss(
         dead: int64 [D], distinct latents; D = 0 gives a loss of 0.
         k_aux: latents per token, d // 2 by default.
     """
+    check_tensor("aux_k_loss", "b_dec", b_dec, FLOAT_DTYPES)
     _, d = check_encoder("aux_k_loss", x, W_enc, b_enc, b_dec)
     check_tensor("aux_k_loss", "W_dec", W_dec, FLOAT_DTYPES)
     check_shape("aux_k_loss", "W_dec", W_dec, tuple(W_enc.shape), "[F, d]")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_shape
+from ..checks import INDEX_DTYPES, check_shape, check_tensor, describe
 
 
 class DeadLatents:
@@ -60,8 +60,15 @@ class DeadLatents:
 
     @torch.no_grad()
     def update(self, fire_counts: Tensor, n_tokens: int) -> None:
-        """Accounts for a batch: `fire_counts` [F] is in how many of its `n_tokens` tokens each latent fired."""
+        """Accounts for a batch: `fire_counts` [F] is in how many of its `n_tokens` tokens each latent fired.
+
+        Raises ValueError or TypeError for a `fire_counts` that is no such tensor or a negative `n_tokens`.
+        """
+        if not isinstance(fire_counts, Tensor):
+            raise TypeError(f"DeadLatents.update: fire_counts must be a tensor [F]; got {describe(fire_counts)}")
         check_shape("DeadLatents.update", "fire_counts", fire_counts, tuple(self.tokens_since_fired.shape), "[F]")
+        if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 0:
+            raise ValueError(f"DeadLatents.update: n_tokens must be an integer of at least 0; got {n_tokens!r}")
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired.masked_fill_(fire_counts.to(self.tokens_since_fired.device) > 0, 0)
         self._updates += 1
@@ -97,7 +104,14 @@ class DeadLatents:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned; ValueError when it belongs to another number of latents."""
+        """Restores what `state_dict` returned; ValueError or TypeError when it is something else or belongs to
+        another number of latents."""
+        expected = ("tokens_since_fired", "rows", "updates")
+        if not isinstance(state, dict) or any(name not in state for name in expected):
+            got = f"the keys {sorted(state)}" if isinstance(state, dict) else describe(state)
+            raise ValueError(f"DeadLatents.load_state_dict: state must hold {', '.join(expected)}; got {got}")
+        for name in ("tokens_since_fired", "rows"):
+            check_tensor("DeadLatents.load_state_dict", name, state[name], INDEX_DTYPES)
         tokens = state["tokens_since_fired"]
         check_shape(
             "DeadLatents.load_state_dict", "tokens_since_fired", tokens, tuple(self.tokens_since_fired.shape), "[F]"

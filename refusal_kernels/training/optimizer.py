@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import BACKENDS, Backend, Request, requested_backend, select
-from ..checks import check_encoder, check_shape, describe
+from ..checks import check_encoder, check_not_negative, check_number, check_separate_memory, check_shape, describe
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -41,13 +41,15 @@ class SAEAdam(torch.optim.Optimizer):
         W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
 
     Parallel removal, Adam and normalisation read and write each row once. `step()` takes the gradients from `.grad`;
-    `sae_step(..., optimizer=this)` applies them without ever writing them out where the back-end can. State per
-    parameter is torch.optim.Adam's (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints of either load into the other.
-    Learning-rate schedulers work as with any optimizer.
+    `sae_step(..., optimizer=this)` applies them without ever writing them out where the back-end can. A parameter
+    without a gradient is left alone, normalisation included, as torch.optim.Adam leaves it. State per parameter is
+    torch.optim.Adam's (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints of either load into the other. Learning-rate
+    schedulers, copy.deepcopy and pickle work as with any optimizer; `state_dict()` holds lr, betas, eps and the
+    moments, and the other options are those of the optimizer that loads it.
 
     Args:
         W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; all of one dtype (fp32, or fp64 on the reference and
-            CPU).
+            CPU), no two in the same memory (tied weights). They are the only group: `add_param_group` raises.
         lr, betas, eps: as in torch.optim.Adam.
         unit_norm_decoder: divide every decoder row by its norm after the update (rows of norm 0 stay 0).
         remove_parallel_grad: take the part of a decoder row's gradient that lies along the row out of it.
@@ -76,14 +78,11 @@ class SAEAdam(torch.optim.Optimizer):
         backend: str | None = None,
     ) -> None:
         check_sae_parameters("SAEAdam", W_enc, b_enc, W_dec, b_dec)
-        if not lr >= 0:
-            raise ValueError(f"SAEAdam: lr must be at least 0; got {lr!r}")
-        if not (len(betas) == 2 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"SAEAdam: betas must be two numbers in [0, 1); got {betas!r}")
-        if not eps >= 0:
-            raise ValueError(f"SAEAdam: eps must be at least 0; got {eps!r}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"SAEAdam: max_grad_norm must be greater than 0 or None; got {max_grad_norm!r}")
+        check_not_negative("SAEAdam", "lr", lr)
+        check_betas("SAEAdam", betas)
+        check_not_negative("SAEAdam", "eps", eps)
+        if max_grad_norm is not None:
+            check_number("SAEAdam", "max_grad_norm", max_grad_norm, "a number greater than 0, or None", lambda v: v > 0)
         requested_backend(backend)
         self.unit_norm_decoder = unit_norm_decoder
         self.remove_parallel_grad = remove_parallel_grad
@@ -91,6 +90,24 @@ class SAEAdam(torch.optim.Optimizer):
         self.backend = backend
         self._gradient_buffers: tuple[Tensor, Tensor] | None = None
         super().__init__([W_enc, b_enc, W_dec, b_dec], {"lr": lr, "betas": betas, "eps": eps})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer's own keeps its three attributes alone. The gradient buffers are scratch.
+        options = ("unit_norm_decoder", "remove_parallel_grad", "max_grad_norm", "backend")
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in options},
+            "_gradient_buffers": None,
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ValueError: the four tensors given to the constructor are all that is stepped."""
+        if self.param_groups:
+            raise ValueError(
+                "SAEAdam: add_param_group must not be called: the optimizer steps W_enc, b_enc, W_dec, b_dec and "
+                "nothing else; give other parameters an optimizer of their own"
+            )
+        super().add_param_group(param_group)
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,14 +137,19 @@ class SAEAdam(torch.optim.Optimizer):
         torch._foreach_zero_(buffers)
         return buffers
 
-    def advance(self) -> AdamStep:
-        """Counts one step of all four parameters and returns its scalars."""
+    @property
+    def in_step(self) -> bool:
+        """Whether the four parameters have been stepped equally often: a kernel for all has one bias correction."""
+        states = [self.state.get(p) for p in self.parameters]
+        return len({float(state["step"]) if state else 0.0 for state in states}) == 1
+
+    def advance(self, parameter: Tensor) -> AdamStep:
+        """Counts one step of a parameter and returns its scalars."""
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
-        for parameter in group["params"]:
-            self.moments(parameter)
-            self.state[parameter]["step"] += 1
-        t = float(self.state[group["params"][0]]["step"])
+        self.moments(parameter)
+        self.state[parameter]["step"] += 1
+        t = float(self.state[parameter]["step"])
         # Learning-rate schedulers look for this mark of a step taken before them; `sae_step` does not go through
         # `step()`.
         self._opt_called = True
@@ -135,39 +157,49 @@ class SAEAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step from the `.grad` of the four tensors; a missing gradient counts as zero. `.grad` is only read."""
+        """One step of the parameters that have a `.grad`, which is only read."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        dW_enc, db_enc, dW_dec, db_dec = grads
+        dW_enc, db_enc, dW_dec, db_dec = (p.grad for p in self.parameters)
         self.apply_gradients(dW_enc, db_enc, dW_dec, db_dec, backend=self.backend)
         return loss
 
     @torch.no_grad()
     def apply_gradients(
-        self, dW_enc: Tensor, db_enc: Tensor, dW_dec: Tensor, db_dec: Tensor, backend: str | None = None
+        self,
+        dW_enc: Tensor | None,
+        db_enc: Tensor | None,
+        dW_dec: Tensor | None,
+        db_dec: Tensor | None,
+        backend: str | None = None,
     ) -> None:
-        """The same step from gradients given as tensors of the parameters' shapes; they are only read."""
-        W_enc, b_enc, W_dec, b_dec = self.parameters
-        chosen = self._select(W_enc, backend)
+        """The same step from gradients given as tensors of the parameters' shapes, which are only read; None leaves a
+        parameter alone."""
+        gradients = (dW_enc, db_enc, dW_dec, db_dec)
+        chosen = self._select(self.parameters[0], backend)
         factor = None
         if self.max_grad_norm is not None:
-            factor = self._clip_factor(self.max_grad_norm, dW_enc, db_enc, dW_dec, db_dec)
-        step = self.advance()
-        self._rows(chosen, W_enc, dW_enc, step, factor, False, False)
-        self._rows(chosen, W_dec, dW_dec, step, factor, self.remove_parallel_grad, self.unit_norm_decoder)
-        self.update_vector(b_enc, db_enc, step, factor)
-        self.update_vector(b_dec, db_dec, step, factor)
+            factor = self._clip_factor(self.max_grad_norm, gradients)
+        for name, parameter, gradient in zip(PARAMETERS, self.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            step = self.advance(parameter)
+            if parameter.dim() == 1:
+                self.update_vector(parameter, gradient, step, factor)
+            else:
+                constraints = (self.remove_parallel_grad, self.unit_norm_decoder) if name == "W_dec" else (False, False)
+                self._rows(chosen, parameter, gradient, step, factor, *constraints)
 
-    def _clip_factor(
-        self, max_grad_norm: float, dW_enc: Tensor, db_enc: Tensor, dW_dec: Tensor, db_dec: Tensor
-    ) -> Tensor:
+    def _clip_factor(self, max_grad_norm: float, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
         """min(1, max_grad_norm / (norm + 1e-6)) as a 0-dim tensor: clip_grad_norm_'s formula, no gradient written."""
-        squares = torch.stack(torch._foreach_norm([dW_enc, db_enc, dW_dec, db_dec])).square().sum()
-        if self.remove_parallel_grad:
-            W_dec = self.parameters[2]
+        present = [g for g in gradients if g is not None]
+        if not present:
+            return None
+        squares = torch.stack(torch._foreach_norm(present)).square().sum()
+        W_dec, dW_dec = self.parameters[2], gradients[2]
+        if self.remove_parallel_grad and dW_dec is not None:
             along = torch.einsum("fd,fd->f", dW_dec, W_dec)
             squared_norm = torch.einsum("fd,fd->f", W_dec, W_dec)
             squares -= torch.where(squared_norm > 0, along.square() / squared_norm, 0).sum()
@@ -204,6 +236,15 @@ class SAEAdam(torch.optim.Optimizer):
         return select("sae_adam", request, requested_backend(backend))
 
 
+def check_betas(op: str, betas: Any) -> None:
+    """`betas` is a pair of numbers in [0, 1)."""
+    expected = "two numbers in [0, 1)"
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{op}: betas must be {expected}; got {describe(betas)}")
+    for beta in betas:
+        check_number(op, "betas", beta, expected, lambda v: 0 <= v < 1)
+
+
 def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any) -> tuple[int, int]:
     """The four tensors of a sparse autoencoder fit together; returns (F, d)."""
     if not isinstance(W_dec, Tensor):
@@ -218,4 +259,5 @@ def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any
     for name, tensor in zip(PARAMETERS, (W_enc, b_enc, W_dec, b_dec), strict=True):
         if not tensor.is_leaf:
             raise ValueError(f"{op}: {name} must be a leaf tensor (a parameter); got the result of an operation")
+    check_separate_memory(op, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
     return n_latents, d

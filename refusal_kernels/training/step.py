@@ -9,13 +9,14 @@ where the back-end fuses Adam into the backward it never writes the weight gradi
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import Request, requested_backend, select
-from ..checks import check_encoder, check_k, compute_dtype, matmul_dtype
+from ..checks import check_encoder, check_k, check_not_negative, check_number, compute_dtype, matmul_dtype
 from ..ops.library import without_autocast
 from .auxk import AuxGradients, aux_k_gradients, check_dead, check_k_aux
 from .optimizer import SAEAdam, check_sae_parameters
@@ -57,20 +58,23 @@ def sae_step(
         x_hat = rk.sparse_decode(values, indices, W_dec, b_dec)
         mse = (x_hat - x).square().sum() / N
         loss = mse + aux_alpha * rk.aux_k_loss(x, x - x_hat, W_enc, b_enc, W_dec, b_dec, dead, k_aux)
-        (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does
+        (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does; frozen
+        parameters, which do not require a gradient, get none and are not stepped
         optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then neither read nor
         written
 
     Args:
-        x: [..., d] activations, N rows in all; no gradient is computed for it. Any float dtype: promoted to the
-            weights', or under autocast computed in the autocast dtype with fp32 sums and gradients.
-        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]: leaf tensors of one dtype.
+        x: [..., d] activations, N >= 1 rows in all, because the mean over an empty batch is not defined (the operators
+            themselves take one); no gradient is computed for it. Any float dtype: promoted to the weights', or under
+            autocast computed in the autocast dtype with fp32 sums and gradients.
+        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]: leaf tensors of one dtype, no two in the same memory (for tied
+            weights take the plain route); at least one must require a gradient.
         k: latents per token.
         dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no
             cost.
         k_aux: dead latents per token, d // 2 by default.
-        aux_alpha: weight of the AuxK term.
-        grad_scale: factor on all gradients, 1 / micro-batches for gradient accumulation.
+        aux_alpha: weight of the AuxK term, at least 0.
+        grad_scale: finite factor on all gradients, 1 / micro-batches for gradient accumulation.
         optimizer: an `SAEAdam` over exactly these four tensors.
         backend: as in `topk_encode`.
 
@@ -88,6 +92,8 @@ def sae_step(
     check_sae_parameters(op, W_enc, b_enc, W_dec, b_dec)
     k = check_k(op, k, n_latents)
     k_aux = check_k_aux(op, k_aux, d)
+    aux_alpha = check_not_negative(op, "aux_alpha", aux_alpha)
+    grad_scale = check_number(op, "grad_scale", grad_scale, "a finite number", math.isfinite)
     if dead is not None:
         check_dead(op, dead, n_latents)
     parameters = (W_enc, b_enc, W_dec, b_dec)
@@ -98,7 +104,7 @@ def sae_step(
             )
         if any(mine is not theirs for mine, theirs in zip(parameters, optimizer.parameters, strict=True)):
             raise ValueError(f"{op}: optimizer must hold exactly the tensors W_enc, b_enc, W_dec, b_dec of this call")
-    elif not any(p.requires_grad for p in parameters):
+    if not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"{op}: at least one of W_enc, b_enc, W_dec, b_dec must require a gradient; got none that does"
         )
@@ -147,7 +153,9 @@ class _Step:
             else:
                 dW_enc, dW_dec = optimizer.gradient_buffers(self.ct)
                 db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec)
-                optimizer.apply_gradients(dW_enc, db_enc, dW_dec, db_dec, backend=self.backend.name)
+                gradients = dict(zip(self.parameters, (dW_enc, db_enc, dW_dec, db_dec), strict=True))
+                free = [gradients[p] if p.requires_grad else None for p in self.parameters]
+                optimizer.apply_gradients(free[0], free[1], free[2], free[3], backend=self.backend.name)
         return output
 
     @property
@@ -230,11 +238,14 @@ class _Step:
         return torch.zeros(weight.shape, dtype=self.ct, device=weight.device)
 
     def _can_fuse(self, optimizer: SAEAdam) -> bool:
-        """Clipping needs the norm of the whole gradient first; autocast copies are not the weights to update."""
+        """Clipping needs the norm of the whole gradient first; autocast copies are not the weights to update; the
+        kernel moves all parameters, frozen or not, with one bias correction."""
         weights = (self.parameters[0], self.parameters[2])
         return (
             self.backend.primitive("sae_backward_adam") is not None
             and optimizer.max_grad_norm is None
+            and all(p.requires_grad for p in self.parameters)
+            and optimizer.in_step
             and all(w.dtype == self.rows and w.is_contiguous() for w in weights)
         )
 
@@ -242,7 +253,7 @@ class _Step:
         self, optimizer: SAEAdam, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None
     ) -> None:
         W_enc, b_enc, W_dec, _ = (p.detach() for p in self.parameters)
-        step = optimizer.advance()
+        step, *_ = [optimizer.advance(p) for p in self.parameters]  # equal for all: they are in step
         moments = [m for p in self.parameters[:3] for m in optimizer.moments(p)]
         extra: tuple[Tensor | None, ...] = (None, None, None, None)
         if aux is not None:

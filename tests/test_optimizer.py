@@ -1,0 +1,126 @@
+"""SAEAdam as an optimizer among others: copies, pickles and state, its arguments, and the memory it may update."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import refusal_kernels as rk
+
+F, D = 12, 6
+SHAPES = ((F, D), (F,), (F, D), (D,))
+OPTIONS = {
+    "lr": 0.07,
+    "unit_norm_decoder": False,
+    "remove_parallel_grad": False,
+    "max_grad_norm": 0.5,
+    "backend": "cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def parameters() -> list[torch.Tensor]:
+    return [torch.randn(s).requires_grad_() for s in SHAPES]
+
+
+def steps(optimizer: rk.SAEAdam, n: int) -> list[torch.Tensor]:
+    """`n` steps on gradients that depend on the parameters alone; returns the parameters."""
+    for _ in range(n):
+        for parameter in optimizer.parameters:
+            parameter.grad = parameter.detach().sin()
+        optimizer.step()
+    return [p.detach() for p in optimizer.parameters]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_goes_on_as_the_original_does(duplicate):
+    optimizer = rk.SAEAdam(*parameters(), **OPTIONS)
+    steps(optimizer, 2)
+    rk.sae_step(torch.randn(9, D), *optimizer.parameters, 3, optimizer=optimizer)  # leaves gradient buffers behind
+    twin = duplicate(optimizer)
+    assert not any(a is b for a, b in zip(optimizer.parameters, twin.parameters, strict=True))
+    assert {name: getattr(twin, name) for name in OPTIONS if name != "lr"} == {
+        name: value for name, value in OPTIONS.items() if name != "lr"
+    }
+    for a, b in zip(steps(optimizer, 3), steps(twin, 3), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_copy_of_a_training_set_up_shares_its_parameters():
+    leaves = parameters()
+    leaves, twin = copy.deepcopy((leaves, rk.SAEAdam(*leaves, lr=0.1)))
+    assert all(a is b for a, b in zip(leaves, twin.parameters, strict=True))
+    rk.sae_step(torch.randn(9, D), *leaves, 3, optimizer=twin)
+
+
+def test_state_dict_carries_moments_and_leaves_the_other_options(tmp_path):
+    optimizer = rk.SAEAdam(*parameters(), **OPTIONS)
+    steps(optimizer, 2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = rk.SAEAdam(*(p.detach().clone().requires_grad_() for p in optimizer.parameters), **{**OPTIONS, "lr": 0.5})
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (other.max_grad_norm, other.unit_norm_decoder, other.backend) == (0.5, False, "cpu")
+    for a, b in zip(steps(optimizer, 2), steps(other, 2), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1}, "lr must be a finite number of at least 0; got -1"),
+        ({"lr": "a"}, "lr must be a finite number of at least 0; got str 'a'"),
+        ({"lr": float("inf")}, "lr must be a finite number of at least 0; got inf"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\); got 1.0"),
+        ({"betas": None}, r"betas must be two numbers in \[0, 1\); got NoneType None"),
+        ({"betas": (0.9, "b")}, r"betas must be two numbers in \[0, 1\); got str 'b'"),
+        ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\); got tuple \(0.9,\)"),
+        ({"eps": -1}, "eps must be a finite number of at least 0; got -1"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be a number greater than 0, or None; got 0"),
+        ({"max_grad_norm": "a"}, "max_grad_norm must be a number greater than 0, or None; got str 'a'"),
+        ({"backend": "no"}, "backend must be one of reference, cpu, triton, cuda, auto; got 'no'"),
+        ({"backend": ["cpu"]}, r"backend must be one of reference, cpu, triton, cuda, auto; got \['cpu'\]"),
+    ],
+)
+def test_bad_options_are_named(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        rk.SAEAdam(*parameters(), **change)
+
+
+def test_a_further_parameter_group_is_refused():
+    optimizer = rk.SAEAdam(*parameters())
+    with pytest.raises(ValueError, match="add_param_group must not be called"):
+        optimizer.add_param_group({"params": [torch.zeros(3, requires_grad=True)]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_no_two_parameters_may_lie_in_the_same_memory():
+    W_enc, b_enc, W_dec, b_dec = parameters()
+    flat = torch.randn(3 * F * D)
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().requires_grad_()
+
+    tied = [
+        ("W_enc and W_dec", (W_enc, b_enc, W_enc, b_dec)),
+        ("W_enc and W_dec", (W_enc, b_enc, leaf(W_enc), b_dec)),
+        ("W_enc and W_dec", (leaf(flat[: F * D].view(F, D)), b_enc, leaf(flat[D : F * D + D].view(F, D)), b_dec)),
+        ("W_dec and b_dec", (W_enc, b_enc, W_dec, leaf(W_dec[3]))),
+        ("W_enc and b_enc", (W_enc, leaf(W_enc[:, 1]), W_dec, b_dec)),
+    ]
+    for names, four in tied:
+        with pytest.raises(ValueError, match=f"SAEAdam: {names} must not share memory"):
+            rk.SAEAdam(*four)
+        with pytest.raises(ValueError, match=f"sae_step: {names} must not share memory"):
+            rk.sae_step(torch.randn(9, D), *four, 3)
+
+    # Slices of one buffer that touch, and the two halves of one matrix, are apart.
+    wide = torch.randn(F, 2 * D)
+    rk.SAEAdam(leaf(flat[: F * D].view(F, D)), b_enc, leaf(flat[F * D : 2 * F * D].view(F, D)), b_dec)
+    rk.SAEAdam(leaf(wide[:, :D]), b_enc, leaf(wide[:, D:]), b_dec)
