@@ -10,7 +10,7 @@ Per latent f, with g_n = scale e_n and its entries (n, j) in ascending order of 
 and sum_f db_enc[f] W_enc[f] [d], what b_dec's gradient needs of the encoder, is returned. One program takes every
 P-th latent: it keeps the latent's rows in registers while it adds, updates and stores them, and its own share of the
 returned sum, so that this is a sum of P rows in a fixed order. Latents without entries take their momentum step like
-all others (dense Adam). The segments of hot latents are added up before, by backward.py's kernel. Deterministic, no
+all others (dense Adam). The segments of hot latents are added up before, by latents.py's kernel. Deterministic, no
 atomics, no synchronisation.
 
 Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d
@@ -29,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import adam_rows, adam_update
-from .backward import add_entries, hot_parts, sae_backward, segment_length
+from .backward import sae_backward, segment_length
 from .csc import csc_from_indices
+from .latents import add_entries, hot_parts
 from .launch import Configuration, Tiles, device_scalar, on_device
 
 
