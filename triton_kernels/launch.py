@@ -64,3 +64,13 @@ class Configuration:
     tiles: Tiles
     divisible_by_16: tuple[str, ...] = ()
     tensor_cores: bool = False
+
+
+def pointers(dtype: str, *names: str) -> dict[str, str]:
+    """Signature entries of the arguments `<name>_ptr` that point to `dtype` ("bf16", "fp16", "fp32", "i32", "i64")."""
+    return {f"{name}_ptr": f"*{dtype}" for name in names}
+
+
+def integers(*names: str) -> dict[str, str]:
+    """Signature entries of 32-bit integer arguments."""
+    return dict.fromkeys(names, "i32")
