@@ -27,7 +27,7 @@ from torch import Tensor
 from .csc import csc_from_indices
 from .decode import sparse_decode
 from .latents import LATENT_BLOCKS, latent_kernel, launch_gradients
-from .launch import Configuration, Tiles, device_scalar, next_power_of_2, on_device
+from .launch import Configuration, Tiles, device_scalar, integers, next_power_of_2, on_device, pointers
 from .rows import ROWS_BLOCKS, combine_kernel, combine_tiles, launch_rows, rows_kernel, with_flags
 
 _PARTIAL_BYTES = 64 << 20  # bound on the workspace of hot segments
@@ -54,6 +54,7 @@ def _dvalues_kernel(
     tl.store(dvalues_ptr + token * k + slot, dv.to(dvalues_ptr.dtype.element_ty), mask=used)
 
 
+_MAIN = (("bf16", "i32"), ("fp32", "i32"))  # (dtype, order) compiled for every architecture
 _DVALUES = Tiles({"UNROLL": 8, "BLOCK_D": 512}, num_warps=4)
 
 
@@ -173,87 +174,108 @@ def sae_backward(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every kernel of this file as it ships: all widths in the training form, the other forms at one width."""
-    csc = {"order_ptr": "*i32", "offsets_ptr": "*i64", "ends_ptr": "*i64", "segment_latent_ptr": "*i64"}
-    sizes = {"k": "i32", "d": "i32", "n_latents": "i32", "segments": "i32", "segment": "i32"}
-    aligned = ("k", "d")
-    for name in ("bf16", "fp32"):
-        training = {"ENCODER": True, "DVALUES": False, "HAS_BIAS": True, "ACCUMULATE": True}
-        decoder = {"ENCODER": False, "DVALUES": True, "HAS_BIAS": False, "ACCUMULATE": False}
-        store = {**training, "ACCUMULATE": False}
-        forms = [(block, training, "+=") for block in LATENT_BLOCKS]
-        forms += [(LATENT_BLOCKS[-2], decoder, "decoder"), (LATENT_BLOCKS[-2], store, "=")]
-        for block, flags, form in forms:
+    """Every kernel of this file, latents.py and rows.py in every dtype that the three operators launch.
+
+    `order` is int64 from N k = 2^31 on; that is compiled at the widest block of each form.
+    """
+    for name in ("bf16", "fp16", "fp32"):
+        for order in ("i32", "i64"):
+            yield from _latent_configurations(name, order)
+            yield from _rows_configurations(name, order)
+        for index, out in (("i64", name), ("i32", name), *([("i64", "fp32")] if name != "fp32" else [])):
+            yield Configuration(
+                _dvalues_kernel,
+                f"backward.dvalues[{name},{index},{out}]",
+                {
+                    **pointers(name, "g", "w"),
+                    **pointers(index, "indices"),
+                    **pointers("fp32", "scale"),
+                    **pointers(out, "dvalues"),
+                    **integers("k", "d"),
+                },
+                _DVALUES,
+                ("k", "d"),
+                variant=name == "fp16" or (index, out) != ("i64", name),
+            )
+        for accumulate in (True, False) if name == "fp32" else (False,):
+            yield Configuration(
+                combine_kernel,
+                f"backward.combine[{name},{'+=' if accumulate else '='}]",
+                {
+                    **pointers("fp32", "part"),
+                    **pointers(name, "out"),
+                    **pointers("i64", "offsets", "ends", "segment_latent"),
+                    **integers("d", "n_latents", "segment"),
+                },
+                combine_tiles(accumulate),
+                ("d",),
+                variant=not accumulate,
+            )
+
+
+def _csc_signature(order: str) -> dict[str, str]:
+    return {
+        **pointers(order, "order"),
+        **pointers("i64", "offsets", "ends", "segment_latent"),
+        **integers("k", "d", "n_latents", "segments", "segment"),
+    }
+
+
+def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
+    step = {"ENCODER": True, "DVALUES": False, "HAS_BIAS": True, "ACCUMULATE": True}
+    store = {**step, "ACCUMULATE": False}
+    decoder = {"ENCODER": False, "DVALUES": True, "HAS_BIAS": False, "ACCUMULATE": False}
+    # Form: flags, dtype of the gradients, and the widths at which an operator launches it.
+    forms = {
+        "+=": (step, "fp32", LATENT_BLOCKS),
+        "=": (store, "fp32", LATENT_BLOCKS[-2:]),
+        "parts": (store, name, LATENT_BLOCKS[:-1]),
+        "decoder": (decoder, name, LATENT_BLOCKS),
+    }
+    for form, (flags, gradient, blocks) in forms.items():
+        for block in blocks if order == "i32" else blocks[-1:]:
+            main = form == "+=" or (form != "parts" and block == LATENT_BLOCKS[-2])
             yield Configuration(
                 latent_kernel,
-                f"backward.latent[{name},{block[0]},{form}]",
+                f"backward.latent[{name},{order},{block[0]},{form}]",
                 {
-                    "e_ptr": f"*{name}",
-                    "x_ptr": f"*{name}",
-                    "values_ptr": f"*{name}",
-                    **csc,
-                    "w_ptr": f"*{name}",
-                    "b_dec_ptr": "*fp32",
-                    "scale_ptr": "*fp32",
-                    "dvalues_ptr": f"*{name}",
-                    "dw_dec_ptr": f"*{name}" if form == "decoder" else "*fp32",
-                    "dw_enc_ptr": "*fp32",
-                    "db_ptr": "*fp32",
-                    "part_dec_ptr": "*fp32",
-                    "part_enc_ptr": "*fp32",
-                    "part_db_ptr": "*fp32",
-                    **sizes,
+                    **_csc_signature(order),
+                    **pointers(name, "e", "x", "values", "w", "dvalues"),
+                    **pointers("fp32", "b_dec", "scale", "part_dec", "part_enc", "part_db"),
+                    **pointers(gradient, "dw_dec", "dw_enc", "db"),
                 },
                 with_flags(block, **flags),
-                aligned,
+                ("k", "d"),
+                variant=not main or (name, order) not in _MAIN,
             )
-        for block in ROWS_BLOCKS:
+
+
+def _rows_configurations(name: str, order: str) -> Iterator[Configuration]:
+    # Form: dtypes of the coefficients and of the sum, (ROWS, HAS_BIAS, SUM, ACCUMULATE), widths.
+    forms = {
+        "encoder": (name, name, (True, True, True, False), ROWS_BLOCKS),
+        "encoder-bias": (name, name, (True, False, True, False), ROWS_BLOCKS),
+        "decoder": (name, name, (True, False, False, False), ROWS_BLOCKS),
+        "wide decoder +=": (name, "fp32", (True, False, False, True), ROWS_BLOCKS[-1:]),
+        "wide decoder =": (name, "fp32", (True, False, False, False), ROWS_BLOCKS[-1:]),
+        "wide encoder +=": ("fp32", "fp32", (True, True, True, True), ROWS_BLOCKS[-1:]),
+        "wide encoder =": ("fp32", "fp32", (True, True, True, False), ROWS_BLOCKS[-1:]),
+        "b_enc": (name, name, (False, True, True, False), ROWS_BLOCKS[:1]),
+        "b_enc-bias": (name, name, (False, False, True, False), ROWS_BLOCKS[:1]),
+    }
+    for form, (coefficient, out, flags, blocks) in forms.items():
+        for block in blocks if order == "i32" else blocks[-1:]:
             yield Configuration(
                 rows_kernel,
-                f"backward.rows[{name},{block[0]}]",
+                f"backward.{'rows' if flags[0] else 'sums'}[{name},{order},{block[0]},{form}]",
                 {
-                    "rows_ptr": f"*{name}",
-                    "coefficients_ptr": f"*{name}",
-                    **csc,
-                    "b_dec_ptr": "*fp32",
-                    "scale_ptr": "*fp32",
-                    "out_ptr": f"*{name}",
-                    "db_ptr": "*fp32",
-                    "part_ptr": "*fp32",
-                    "part_db_ptr": "*fp32",
-                    **sizes,
+                    **_csc_signature(order),
+                    **pointers(name, "rows"),
+                    **pointers(coefficient, "coefficients"),
+                    **pointers(out, "out"),
+                    **pointers("fp32", "b_dec", "scale", "db", "part", "part_db"),
                 },
-                with_flags(block, ROWS=True, HAS_BIAS=True, SUM=True, ACCUMULATE=False),
-                aligned,
+                with_flags(block, **dict(zip(("ROWS", "HAS_BIAS", "SUM", "ACCUMULATE"), flags, strict=True))),
+                ("k", "d"),
+                variant=form != "encoder" or (name, order) not in _MAIN,
             )
-        yield Configuration(
-            _dvalues_kernel,
-            f"backward.dvalues[{name}]",
-            {
-                "g_ptr": f"*{name}",
-                "indices_ptr": "*i64",
-                "w_ptr": f"*{name}",
-                "scale_ptr": "*fp32",
-                "dvalues_ptr": f"*{name}",
-                "k": "i32",
-                "d": "i32",
-            },
-            _DVALUES,
-            aligned,
-        )
-    yield Configuration(
-        combine_kernel,
-        "backward.combine",
-        {
-            "part_ptr": "*fp32",
-            "out_ptr": "*fp32",
-            "offsets_ptr": "*i64",
-            "ends_ptr": "*i64",
-            "segment_latent_ptr": "*i64",
-            "d": "i32",
-            "n_latents": "i32",
-            "segment": "i32",
-        },
-        combine_tiles(True),
-        ("d",),
-    )
