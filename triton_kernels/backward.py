@@ -54,7 +54,6 @@ def _dvalues_kernel(
     tl.store(dvalues_ptr + token * k + slot, dv.to(dvalues_ptr.dtype.element_ty), mask=used)
 
 
-_MAIN = (("bf16", "i32"), ("fp32", "i32"))  # (dtype, order) compiled for every architecture
 _DVALUES = Tiles({"UNROLL": 8, "BLOCK_D": 512}, num_warps=4)
 
 
@@ -195,7 +194,7 @@ def configurations() -> Iterator[Configuration]:
                 },
                 _DVALUES,
                 ("k", "d"),
-                variant=name == "fp16" or (index, out) != ("i64", name),
+                variant=(index, out) != ("i64", name),
             )
         for accumulate in (True, False) if name == "fp32" else (False,):
             yield Configuration(
@@ -246,7 +245,7 @@ def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
                 },
                 with_flags(block, **flags),
                 ("k", "d"),
-                variant=not main or (name, order) not in _MAIN,
+                variant=not main or order == "i64",
             )
 
 
@@ -277,5 +276,5 @@ def _rows_configurations(name: str, order: str) -> Iterator[Configuration]:
                 },
                 with_flags(block, **dict(zip(("ROWS", "HAS_BIAS", "SUM", "ACCUMULATE"), flags, strict=True))),
                 ("k", "d"),
-                variant=form != "encoder" or (name, order) not in _MAIN,
+                variant=form != "encoder" or order == "i64",
             )

@@ -129,5 +129,5 @@ def configurations() -> Iterator[Configuration]:
                     },
                     _decode_tiles(block, has_bias, residual),
                     ("k", "d"),
-                    variant=name == "fp16" or index == "i32" or not ((has_bias and residual) or block == _BLOCKS[-1]),
+                    variant=index == "i32" or not ((has_bias and residual) or block == _BLOCKS[-1]),
                 )
