@@ -1,5 +1,5 @@
-# make demo | test | bench | lint | clean, on a machine that has python3 (3.10 or newer, with venv and headers), g++ and
-# make. Each target first makes .venv complete, with the versions of constraints.txt; a second call installs nothing,
+# make demo | test | gpu | bench | lint | clean, on a machine that has python3 (3.10 or newer, with venv and headers), g++
+# and make. Each target first makes .venv complete, with the versions of constraints.txt; a second call installs nothing,
 # an edit of csrc/, the build files or the constraints installs again.
 #
 #   make test ARGS="-k decode -x"       further arguments for pytest, the demo, the benchmarks
@@ -21,7 +21,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 TORCH_INDEX ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test gpu bench lint clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -31,6 +31,16 @@ demo: $(STAMPS)/package
 
 test: $(STAMPS)/package
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests that need a CUDA device, then the small ones of them under each tool of compute-sanitizer, where it is found.
+gpu: $(STAMPS)/package
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch finds no CUDA device")'
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: left out" >&2; exit 0; }; \
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -m "gpu and sanitizer" $(ARGS) || exit 1; \
+	done
 
 bench: $(STAMPS)/package
 	$(BIN)/python -m benches $(ARGS)

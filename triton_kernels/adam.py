@@ -182,19 +182,17 @@ def configurations() -> Iterator[Configuration]:
     pointers = {"w_ptr": "*fp32", "g_ptr": "*fp32", "m_ptr": "*fp32", "v_ptr": "*fp32", "grad_scale_ptr": "*fp32"}
     names = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
     numbers = dict.fromkeys(names, "fp32")
-    for block in _ROW_BLOCKS:
-        yield Configuration(
-            _row_kernel,
-            f"adam.row[{block[0]}]",
-            {**pointers, "d": "i32", **numbers},
-            _row_tiles(block, True, True),
-            ("d",),
-        )
-    yield Configuration(
-        _wide_row_kernel,
-        "adam.wide_row",
-        {**pointers, "d": "i32", **numbers},
-        _row_tiles(_WIDE_BLOCK, True, True),
-        ("d",),
-    )
+    for kernel, label, block in (
+        *((_row_kernel, f"adam.row[{block[0]}", block) for block in _ROW_BLOCKS),
+        (_wide_row_kernel, "adam.wide_row[", _WIDE_BLOCK),
+    ):
+        for parallel, unit in ((True, True), (True, False), (False, True)):
+            yield Configuration(
+                kernel,
+                label + ("+parallel" if parallel else "") + ("+unit]" if unit else "]"),
+                {**pointers, "d": "i32", **numbers},
+                _row_tiles(block, parallel, unit),
+                ("d",),
+                variant=not (parallel and unit),
+            )
     yield Configuration(_flat_kernel, "adam.flat", {**pointers, "n": "i32", **numbers}, _FLAT, ("n",))

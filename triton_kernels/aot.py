@@ -3,7 +3,8 @@
     python -m refusal_kernels.triton_kernels.aot --capability 90 [--match decode] [--part 0/2]
 
 prints one JSON object per kernel: registers per thread, stack bytes (anything but 0 is a spill or a local array),
-shared memory, the matrix instruction in use, and whether global memory is read 16 bytes at a time.
+shared memory, the matrix instruction in use, and whether global memory is read 16 bytes at a time. Variants (launch.py)
+are compiled for compute capability 90 only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from triton.compiler import ASTSource
 from .launch import Configuration
 from .registry import configurations
 
+VARIANT_CAPABILITY = 90  # where variants of a configuration are compiled
 # The most shared memory a program may ask for, in bytes (CUDA C programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -41,6 +43,12 @@ class Compiled:
     shared: int
     matrix_instruction: str
     wide_loads: bool
+
+
+def work(capabilities: Sequence[int], match: str = "") -> list[tuple[Configuration, int]]:
+    """What is compiled: every configuration for each of `capabilities`, variants for `VARIANT_CAPABILITY` alone."""
+    found = [c for c in configurations() if re.search(match, c.label)]
+    return [(c, at) for c in found for at in capabilities if at == VARIANT_CAPABILITY or not c.variant]
 
 
 def compile_configuration(configuration: Configuration, capability: int) -> Compiled:
@@ -95,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", default="0/1", help="i/n: every n-th configuration, starting with the i-th")
     options = parser.parse_args(arguments)
     part, parts = (int(number) for number in options.part.split("/"))
-    matching = [c for c in configurations() if re.search(options.match, c.label)]
-    work = [(c, capability) for c in matching for capability in options.capability]
-    for configuration, capability in work[part::parts]:
+    for configuration, capability in work(options.capability, options.match)[part::parts]:
         print(json.dumps(dataclasses.asdict(compile_configuration(configuration, capability))), flush=True)
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Configuration, Tiles, next_power_of_2, on_device
+from .launch import Configuration, Tiles, integers, next_power_of_2, on_device, pointers
 
 
 @triton.jit
@@ -110,26 +110,24 @@ def decode_residual(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every kernel of this file as it ships: all widths with residual and bias, the three other forms at one width."""
-    forms = [(block, True, True) for block in _BLOCKS]
-    forms += [(_BLOCKS[-1], *flags) for flags in ((True, False), (False, True), (False, False))]
-    for name in ("bf16", "fp32"):
-        for block, has_bias, residual in forms:
-            flags = ("+bias" if has_bias else "") + ("+residual" if residual else "")
-            yield Configuration(
-                _decode_kernel,
-                f"decode[{name},{block[0]}{flags}]",
-                {
-                    "values_ptr": f"*{name}",
-                    "indices_ptr": "*i64",
-                    "w_ptr": f"*{name}",
-                    "bias_ptr": "*fp32",
-                    "x_ptr": f"*{name}",
-                    "out_ptr": f"*{name}",
-                    "sq_ptr": "*fp32",
-                    "k": "i32",
-                    "d": "i32",
-                },
-                _decode_tiles(block, has_bias, residual),
-                ("k", "d"),
-            )
+    """The kernel at every width in every dtype: sparse_decode for either index type, decode_residual for the int64 of
+    topk_encode; with and without bias."""
+    forms = [("i64", True, True), ("i64", False, True)]
+    forms += [(index, has_bias, False) for index in ("i64", "i32") for has_bias in (True, False)]
+    for name in ("bf16", "fp16", "fp32"):
+        for block in _BLOCKS:
+            for index, has_bias, residual in forms:
+                flags = ("+bias" if has_bias else "") + ("+residual" if residual else "")
+                yield Configuration(
+                    _decode_kernel,
+                    f"decode[{name},{index},{block[0]}{flags}]",
+                    {
+                        **pointers(name, "values", "w", "x", "out"),
+                        **pointers(index, "indices"),
+                        **pointers("fp32", "bias", "sq"),
+                        **integers("k", "d"),
+                    },
+                    _decode_tiles(block, has_bias, residual),
+                    ("k", "d"),
+                    variant=index == "i32" or not ((has_bias and residual) or block == _BLOCKS[-1]),
+                )

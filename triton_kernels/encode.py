@@ -18,15 +18,28 @@ in the L2 cache. Each chunk is one GEMM into a reused buffer and one filter pass
 * The limit starts below zero and zeros are candidates too, hence rows with fewer than k positives end with zeros at
   the lowest unused latents. NaN takes the largest key and so ranks first.
 
+b_dec. fp32 rows are centred before the product. 16-bit operands cannot hold x - b_dec, so there b_dec is cut in two:
+
+    pre = (x - pivot) W_enc^T + (b_enc - W_enc (b_dec - pivot))
+
+pivot_c is b_dec_c rounded to 16 bit where x_nc - pivot_c is a 16-bit number in every row of the call, which is so
+wherever all rows lie within a factor of two of it (Sterbenz), and 0 elsewhere. Nothing is rounded before the product,
+and what is added after it is small: at most 2^-9 |b_dec_c| where the pivot is taken, at most about 2 max_n |x_nc -
+b_dec_c| where it is not. So a pre-activation has the error of an fp32 sum over the largest centred entry that each
+column has in this call, not over x, however far the rows lie from the origin; a row may differ in its last bits
+with the company it is in. inf and NaN in x, b_dec and b_enc give what they give in (x - b_dec) W_enc^T + b_enc; only
+finite bf16 numbers near the end of the range can overflow in x W_enc^T where their difference would not.
+
 k > 1024 does not fit a list in registers: there, chunks are merged by `torch.topk` over the 64-bit keys (slower,
 equally exact).
 
 Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16
 out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection
-about 1 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+about 1 ms; the pivot and the centred rows read x twice and write it once, 0.2 ms. Compiled for sm_80/90/100, checked
+in the interpreter, not yet run on a GPU.
 
 Workspace, whatever N and F: R C 4 bytes (half of the L2) + R CAPACITY 8 bytes (R <= 2048: at most 4 MB for k <= 64, 32
-MB for k <= 1024), in fp32 with b_dec + R d 4 of centred rows; and, in 16 bit with b_dec, F 4 bytes of folded bias.
+MB for k <= 1024); with b_dec also R d times the element size of centred rows and, in 16 bit, F 4 bytes of folded bias.
 """
 
 from __future__ import annotations
@@ -38,7 +51,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Configuration, Tiles, next_power_of_2, on_device
+from .launch import Configuration, Tiles, integers, next_power_of_2, on_device, pointers
 
 
 @triton.jit
@@ -85,11 +98,28 @@ def _gemm_kernel(
     tl.store(out, total, mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
+@triton.jit(do_not_specialize=["n"])
+def _pivot_kernel(x_ptr, pivot_ptr, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """pivot [d] becomes 0 in the columns where some x - pivot would be rounded in x's dtype.
+
+    A program may find a 0 that another has stored, and then has nothing to add: the outcome is the same in any order.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    live = column < d
+    pivot = tl.load(pivot_ptr + column, mask=live, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * d + column[None, :], mask=(row < n)[:, None] & live[None, :], other=0.0)
+    moved = x.to(tl.float32) - pivot[None, :]
+    rounded = (moved.to(x_ptr.dtype.element_ty).to(tl.float32) != moved) & (moved == moved)
+    drop = tl.max(rounded.to(tl.int32), axis=0) > 0
+    tl.store(pivot_ptr + column, tl.zeros([BLOCK_D], pivot_ptr.dtype.element_ty), mask=live & drop)
+
+
 @triton.jit(do_not_specialize=["n_latents"])
 def _fold_bias_kernel(
     w_ptr, b_enc_ptr, b_dec_ptr, out_ptr, n_latents, d, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """out [F] = b_enc - W_enc b_dec in fp32: 16-bit operands of the GEMM stay x itself, not x - b_dec rounded again."""
+    """out [F] = b_enc - W_enc b_dec in fp32: what of b_dec is not subtracted from the rows."""
     latent = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     exists = latent < n_latents
     total = tl.zeros([BLOCK_F], dtype=tl.float32)
@@ -184,6 +214,7 @@ def _unpack_kernel(keys_ptr, values_ptr, indices_ptr, k, width, BLOCK: tl.conste
 # Lists are short on purpose: bitonic top-k of C keys costs C log(C)^2, so several short reductions beat one long one.
 _LISTS = ((64, 256, 128, 4), (256, 512, 256, 4), (1024, 2048, 1024, 8))
 _SCAN = 1024  # columns judged by one maximum
+_PIVOT = Tiles({"BLOCK_N": 32, "BLOCK_D": 128}, num_warps=4)
 _BIAS = Tiles({"BLOCK_F": 16, "BLOCK_D": 256}, num_warps=4)
 _PACK = Tiles({"BLOCK": 1024}, num_warps=4)
 _UNPACK = Tiles({"BLOCK": 64}, num_warps=1)
@@ -227,6 +258,16 @@ def triton_project(x: Tensor, W: Tensor, out: Tensor) -> None:
     _gemm_kernel[grid](x, W, out, rows, columns, x.shape[1], **tiles.options())
 
 
+def pivot_of(x: Tensor, b_dec: Tensor) -> Tensor:
+    """pivot [d] in the 16-bit dtype of x [N, d]: b_dec [d], rounded, where x - pivot is exact for all rows, else 0."""
+    pivot = b_dec.to(x.dtype)
+    pivot = torch.where(pivot.isfinite(), pivot, 0)
+    n, d = x.shape
+    grid = (triton.cdiv(n, _PIVOT.constexprs["BLOCK_N"]), triton.cdiv(d, _PIVOT.constexprs["BLOCK_D"]))
+    _pivot_kernel[grid](x, pivot, n, d, **_PIVOT.options())
+    return pivot
+
+
 def _chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
     """(R, C): rows and latents of one chunk. The fp32 buffer takes about half of the L2, which the operands share."""
     l2_bytes = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else 1 << 20
@@ -265,14 +306,13 @@ def topk_encode(
     lists = list_tiles(k)
     with on_device(x):
         buffer = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
-        bias = b_enc
-        # fp32 loses nothing by subtracting first, and keeps its digits where x lies far from the origin.
-        shift = b_dec if x.dtype == torch.float32 else None
-        centred = torch.empty(rows if shift is not None else 0, d, dtype=torch.float32, device=x.device)
-        if b_dec is not None and shift is None:
+        bias, shift = b_enc, b_dec
+        centred = torch.empty(rows if shift is not None else 0, d, dtype=x.dtype, device=x.device)
+        if b_dec is not None and x.dtype != torch.float32:
+            shift = pivot_of(x, b_dec)
             bias = torch.empty_like(b_enc)
             grid = (triton.cdiv(n_latents, _BIAS.constexprs["BLOCK_F"]),)
-            _fold_bias_kernel[grid](W_enc, b_enc, b_dec, bias, n_latents, d, **_BIAS.options())
+            _fold_bias_kernel[grid](W_enc, b_enc, b_dec - shift, bias, n_latents, d, **_BIAS.options())
         width = k + columns if lists is None else lists.constexprs["CAPACITY"]
         keys = torch.empty(rows, width, dtype=torch.int64, device=x.device)
         count = torch.empty(rows, dtype=torch.int32, device=x.device)
@@ -309,64 +349,47 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(
             _gemm_kernel,
             f"encode.gemm[{name}]",
-            {"x_ptr": f"*{name}", "w_ptr": f"*{name}", "out_ptr": "*fp32", "rows": "i32", "columns": "i32", "d": "i32"},
+            {"x_ptr": f"*{name}", "w_ptr": f"*{name}", "out_ptr": "*fp32", **integers("rows", "columns", "d")},
             gemm_tiles(dtype),
             ("columns", "d"),
             tensor_cores=dtype != torch.float32,
         )
-    for name in ("bf16", "fp16"):
+        yield Configuration(
+            _unpack_kernel,
+            f"encode.unpack[{name}]",
+            {"keys_ptr": "*i64", "values_ptr": f"*{name}", "indices_ptr": "*i64", **integers("k", "width")},
+            _UNPACK,
+            ("k", "width"),
+        )
+        if dtype == torch.float32:
+            continue
+        yield Configuration(
+            _pivot_kernel,
+            f"encode.pivot[{name}]",
+            {"x_ptr": f"*{name}", "pivot_ptr": f"*{name}", **integers("n", "d")},
+            _PIVOT,
+            ("d",),
+        )
         yield Configuration(
             _fold_bias_kernel,
             f"encode.fold_bias[{name}]",
-            {
-                "w_ptr": f"*{name}",
-                "b_enc_ptr": "*fp32",
-                "b_dec_ptr": "*fp32",
-                "out_ptr": "*fp32",
-                "n_latents": "i32",
-                "d": "i32",
-            },
+            {"w_ptr": f"*{name}", **pointers("fp32", "b_enc", "b_dec", "out"), **integers("n_latents", "d")},
             _BIAS,
             ("d",),
         )
+    chunk = {**pointers("fp32", "pre", "bias"), "keys_ptr": "*i64"}
     for row in _LISTS:
         yield Configuration(
             _filter_kernel,
             f"encode.filter[k<={row[0]}]",
-            {
-                "pre_ptr": "*fp32",
-                "bias_ptr": "*fp32",
-                "keys_ptr": "*i64",
-                "count_ptr": "*i32",
-                "limit_ptr": "*i32",
-                "columns": "i32",
-                "first": "i32",
-                "last": "i32",
-                "k": "i32",
-            },
+            {**chunk, **pointers("i32", "count", "limit"), **integers("columns", "first", "last", "k")},
             _list_tiles(*row),
             ("columns", "first", "k"),
         )
     yield Configuration(
         _pack_kernel,
         "encode.pack",
-        {
-            "pre_ptr": "*fp32",
-            "bias_ptr": "*fp32",
-            "keys_ptr": "*i64",
-            "columns": "i32",
-            "first": "i32",
-            "k": "i32",
-            "width": "i32",
-        },
+        {**chunk, **integers("columns", "first", "k", "width")},
         _PACK,
         ("columns", "first"),
     )
-    for name in ("bf16", "fp32"):
-        yield Configuration(
-            _unpack_kernel,
-            f"encode.unpack[{name}]",
-            {"keys_ptr": "*i64", "values_ptr": f"*{name}", "indices_ptr": "*i64", "k": "i32", "width": "i32"},
-            _UNPACK,
-            ("k", "width"),
-        )

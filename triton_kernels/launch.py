@@ -56,6 +56,8 @@ class Configuration:
 
     `signature` maps each run-time argument to its Triton type ("*bf16", "i32", "fp32"); the constexprs are in `tiles`.
     Pointers and the integers named in `divisible_by_16` carry the alignment attribute that the JIT would find on them.
+    A `variant` differs from another configuration in a dtype, an index type or a flag only; tests compile it for one
+    architecture.
     """
 
     kernel: Any
@@ -64,3 +66,14 @@ class Configuration:
     tiles: Tiles
     divisible_by_16: tuple[str, ...] = ()
     tensor_cores: bool = False
+    variant: bool = False
+
+
+def pointers(dtype: str, *names: str) -> dict[str, str]:
+    """Signature entries of the arguments `<name>_ptr` that point to `dtype` ("bf16", "fp16", "fp32", "i32", "i64")."""
+    return {f"{name}_ptr": f"*{dtype}" for name in names}
+
+
+def integers(*names: str) -> dict[str, str]:
+    """Signature entries of 32-bit integer arguments."""
+    return dict.fromkeys(names, "i32")

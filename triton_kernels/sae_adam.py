@@ -10,7 +10,7 @@ Per latent f, with g_n = scale e_n and its entries (n, j) in ascending order of 
 and sum_f db_enc[f] W_enc[f] [d], what b_dec's gradient needs of the encoder, is returned. One program takes every
 P-th latent: it keeps the latent's rows in registers while it adds, updates and stores them, and its own share of the
 returned sum, so that this is a sum of P rows in a fixed order. Latents without entries take their momentum step like
-all others (dense Adam). The segments of hot latents are added up before, by backward.py's kernel. Deterministic, no
+all others (dense Adam). The segments of hot latents are added up before, by latents.py's kernel. Deterministic, no
 atomics, no synchronisation.
 
 Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d
@@ -29,9 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .adam import adam_rows, adam_update
-from .backward import add_entries, hot_parts, sae_backward, segment_length
+from .backward import sae_backward, segment_length
 from .csc import csc_from_indices
-from .launch import Configuration, Tiles, device_scalar, on_device
+from .latents import add_entries, hot_parts
+from .launch import Configuration, Tiles, device_scalar, integers, on_device, pointers
 
 
 @triton.jit(do_not_specialize=["n_latents", "programs", "segment"])
@@ -198,31 +199,27 @@ def sae_backward_adam(
 
 
 def configurations() -> Iterator[Configuration]:
-    """The kernel at every width, for bf16 activations and weights with fp32 states, and for fp32 throughout."""
-    states = ("m_enc_ptr", "v_enc_ptr", "b_enc_ptr", "m_b_ptr", "v_b_ptr", "m_dec_ptr", "v_dec_ptr")
-    fp32 = (
-        "part_dec_ptr",
-        "part_enc_ptr",
-        "part_db_ptr",
-        "extra_enc_ptr",
-        "extra_db_ptr",
-        "extra_dec_ptr",
-        "through_ptr",
-    )
+    """The kernel at every width, for bf16 activations and weights with fp32 states, and for fp32 throughout, which is
+    what SAEAdam keeps; with and without rows of AuxK. int64 entry numbers (N k >= 2^31) at the widest block."""
+    states = ("m_enc", "v_enc", "b_enc", "m_b", "v_b", "m_dec", "v_dec")
+    sums = ("part_dec", "part_enc", "part_db", "extra_enc", "extra_db", "extra_dec", "through")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
-    for name in ("bf16", "fp32"):
-        for block in _BLOCKS:
-            yield Configuration(
-                _step_kernel,
-                f"sae_adam.step[{name},{block[0]}]",
-                {
-                    **dict.fromkeys(("e_ptr", "x_ptr", "values_ptr", "w_enc_ptr", "w_dec_ptr"), f"*{name}"),
-                    **dict.fromkeys(("scale_ptr", "b_dec_ptr", *states, *fp32), "*fp32"),
-                    **dict.fromkeys(("offsets_ptr", "ends_ptr", "position_ptr"), "*i64"),
-                    "order_ptr": "*i32",
-                    **dict.fromkeys(("k", "d", "n_latents", "programs", "segment"), "i32"),
-                    **dict.fromkeys(scalars, "fp32"),
-                },
-                _tiles(block, HAS_BIAS=True, EXTRA=True, PARALLEL=True, UNIT=True),
-                ("k", "d"),
-            )
+    forms = [(name, "i32", block, True) for name in ("bf16", "fp32") for block in _BLOCKS]
+    forms += [("fp32", "i32", block, False) for block in _BLOCKS]
+    forms += [("fp32", "i64", _BLOCKS[-1], extra) for extra in (True, False)]
+    for name, order, block, extra in forms:
+        yield Configuration(
+            _step_kernel,
+            f"sae_adam.step[{name},{order},{block[0]}{'+extra' if extra else ''}]",
+            {
+                **pointers(name, "e", "x", "values", "w_enc", "w_dec"),
+                **pointers("fp32", "scale", "b_dec", *states, *sums),
+                **pointers("i64", "offsets", "ends", "position"),
+                **pointers(order, "order"),
+                **integers("k", "d", "n_latents", "programs", "segment"),
+                **dict.fromkeys(scalars, "fp32"),
+            },
+            _tiles(block, HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True),
+            ("k", "d"),
+            variant=order == "i64" or not extra,
+        )

@@ -179,6 +179,64 @@ def test_encode_of_real_data_is_the_top_k_of_its_own_preactivations(short_lists,
     assert torch.equal(indices, again[1])
 
 
+def far_from_the_origin(n: int, d: int, n_latents: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x within a few units of a b_dec of 1000 to 2000, and latents that do not average out: x W and b_dec W are near
+    1000 d / 2, their difference near sqrt(d)."""
+    b_dec = 1000 * (1 + torch.rand(d))
+    x = (b_dec + torch.randn(n, d)).half()
+    return x, torch.rand(n_latents, d).half(), torch.randn(n_latents), b_dec
+
+
+def test_encode_keeps_its_digits_when_b_dec_is_a_thousand_times_the_signal(short_lists, rim):
+    torch.manual_seed(8)
+    x, W, b, b_dec = (rim(t) for t in far_from_the_origin(5, 3000, 90))
+    values, indices = encode.topk_encode(x, W, b, 4, b_dec)
+    exact_values, exact_indices = reference.topk_encode(*double(x, W, b), 4, b_dec.double())
+    close(values, exact_values, reference.topk_encode(x, W, b, 4, b_dec)[0], 2)
+    assert torch.equal(indices, exact_indices)
+
+
+def test_encode_with_rows_near_b_dec_and_one_far_from_it(short_lists):
+    """No pivot for anyone then; the error is that of sums over the far row's entries, which the docstring states."""
+    torch.manual_seed(9)
+    x, W, b, b_dec = far_from_the_origin(4, 600, 90)
+    x[2] = torch.randn(600).half()
+    values, indices = encode.topk_encode(x, W, b, 4, b_dec)
+    pre = ((x.double() - b_dec.double()) @ W.double().T + b.double()).relu()
+    largest = (x.double() - b_dec.double()).abs().amax(0) @ W.double().abs().T
+    bound = 600**0.5 * torch.finfo(torch.float32).eps * largest[indices] + torch.finfo(torch.float16).eps * values
+    assert ((values.double() - pre.gather(1, indices)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pivot_is_taken_where_no_row_is_rounded(rim, dtype):
+    torch.manual_seed(10)
+    b_dec = torch.randn(301).exp() * 100
+    x = (b_dec * (1 + torch.rand(70, 301) / 4)).to(dtype)
+    x[69, 7], x[3, 9], x[0, 11], x[1, 13] = 1e-3, math.nan, math.inf, -3e-3
+    b_dec[[15, 16, 17]] = torch.tensor([math.inf, math.nan, -math.inf])
+    pivot = encode.pivot_of(rim(x), b_dec)
+    expected = b_dec.to(dtype)
+    expected[[7, 13, 15, 16, 17]] = 0
+    assert torch.equal(pivot, expected)
+    finite = x.isfinite()
+    assert torch.equal((x - pivot)[finite].double(), (x.double() - pivot.double())[finite])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, inside the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_encode_with_infinite_and_undefined_rows_and_biases(short_lists, dtype):
+    torch.manual_seed(11)
+    inf, nan = math.inf, math.nan
+    for place, in_x, in_b_dec in (
+        (0, inf, 1.0), (0, -inf, 1.0), (0, nan, 1.0), (0, 1.0, inf), (0, 1.0, -inf), (0, 1.0, nan), (0, inf, inf),
+        (1, inf, inf), (1, inf, -inf), (1, -inf, inf), (1, nan, inf),
+    ):  # fmt: skip
+        x, W, b_dec = integers(3, 4, dtype=dtype), integers(90, 4, dtype=dtype), integers(4)
+        x[1, 0], b_dec[place] = in_x, in_b_dec
+        check_encode(x, W, integers(90), 4, b_dec, (2, 32))
+
+
 def test_encode_with_a_shipped_list():
     torch.manual_seed(2)
     check_encode(integers(1, 3), integers(600, 3), integers(600), 33, None, (1, 608))
@@ -469,16 +527,16 @@ def test_public_operators_run_on_triton_and_differentiate(short_lists):
     x, W_enc, W_dec = torch.randn(5, 6), torch.randn(40, 6), torch.randn(40, 6)
     b_enc, b_dec = torch.randn(40), torch.randn(6)
     gradients = []
-    for backend in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (x, W_enc, b_enc, W_dec, b_dec)]
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, W_enc, b_enc, W_dec, b_dec)]
         values, indices = rk.topk_encode(leaves[0], leaves[1], leaves[2], 3, leaves[4], backend=backend)
         assert rk.last_backend("topk_encode") == backend
         x_hat = rk.sparse_decode(values, indices, leaves[3], leaves[4], backend=backend)
         assert rk.last_backend("sparse_decode") == backend
         (x_hat - leaves[0]).square().sum().backward()
         gradients.append([t.grad for t in leaves])
-    for triton_gradient, reference_gradient in zip(*gradients, strict=True):
-        assert torch.allclose(triton_gradient, reference_gradient, rtol=1e-5, atol=1e-5)
+    for actual, exact, own in zip(*gradients, strict=True):
+        close(actual, exact, own, 3)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])

@@ -1,0 +1,432 @@
+"""The public operators on a GPU, and the same test functions on the CPU back-end: the tests are known to be right.
+
+Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part of every run of the suite) and, marked
+gpu, `triton` and `cuda` (CUDA tensors; the latter has sparse_decode only). What has been run where: all tests on `cpu`;
+nothing here on a GPU yet (tests/triton has the kernels' tests in Triton's interpreter).
+
+    make gpu                                   pytest -m gpu, then the tests marked sanitizer under compute-sanitizer
+    python -m pytest -m gpu                    the first half
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \\
+        python -m pytest -m "gpu and sanitizer"                          and the same with --tool racecheck
+
+Tolerance: error against the fp64 reference at most twice that of plain PyTorch in the same dtype on the same device
+(three times for gradients and what follows from them) plus one rounding of the result. Small integers where mathematics
+is exact: every sum is, in any order, so there results are equal and ties are everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import refusal_kernels as rk
+from refusal_kernels import reference
+
+CPU, TRITON = pytest.param("cpu", "cpu", id="cpu"), pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu)
+CUDA = pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu)
+everywhere = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON])
+decoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+every_index = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # `empty` is filled with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def ran(backend: str, *ops: str) -> None:
+    assert {op: rk.last_backend(op) for op in ops} == dict.fromkeys(ops, backend)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in tensors]
+
+
+def close(actual: Tensor, exact: Tensor, torch_result: Tensor, factor: float) -> None:
+    """The tolerance rule; `exact` is fp64 on the CPU, `torch_result` plain PyTorch's in the dtype and on the device."""
+    assert (actual.shape, actual.dtype, actual.device) == (exact.shape, torch_result.dtype, torch_result.device)
+    if exact.numel() == 0:
+        return
+    (mine, own), rounding = double(actual, torch_result), torch.finfo(actual.dtype).eps * exact.abs().max()
+    error, own_error = (mine - exact).abs(), (own - exact).abs()
+    assert error.max() <= factor * own_error.max() + rounding
+    assert error.mean() <= factor * own_error.mean() + rounding / 2
+
+
+# (n, d, F, k): shapes that are multiples of nothing; every list length of the filter, its merging route, k = F, N = 0.
+ENCODER_SHAPES = [
+    (5, 5, 77, 3),
+    (70, 130, 1025, 33),
+    (33, 19, 5000, 70),
+    (3, 64, 1300, 300),
+    (2, 8, 1300, 1100),
+    (4, 16, 61, 61),
+    (1, 1, 1, 1),
+    (0, 8, 64, 4),
+]
+
+
+@everywhere
+@every_dtype
+@pytest.mark.parametrize(("n", "d", "n_latents", "k"), ENCODER_SHAPES)
+def test_encode_is_exact_on_ties(backend, device, dtype, n, d, n_latents, k):
+    x, W, b, b_dec = integers(n, d, dtype=dtype), integers(n_latents, d, dtype=dtype), integers(n_latents), integers(d)
+    inputs = [t.to(device) for t in (x, W, b, b_dec)]
+    values, indices = rk.topk_encode(*inputs[:3], k, inputs[3], backend=backend)
+    ran(backend, "topk_encode")
+    want_values, want_indices = reference.topk_encode(*double(x, W, b), k, b_dec.double())
+    assert torch.equal(indices.cpu(), want_indices)
+    assert torch.equal(values.cpu(), want_values.to(dtype))
+
+
+@everywhere
+@every_dtype
+def test_encode_special_values(backend, device, dtype):
+    """Fewer than k positives, all negative, -0, constant rows, NaN, infinities: the bias is the pre-activation."""
+    inf, nan = math.inf, math.nan
+    x, W = torch.zeros(1, 6, dtype=dtype, device=device), torch.eye(6, dtype=dtype, device=device)
+    for row, indices, values in (
+        ([1.0, nan, inf, nan, -1.0, 2.0], [1, 3, 2, 5], [nan, nan, inf, 2.0]),
+        ([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], [0, 1, 2, 3], [0.0] * 4),
+        ([0.0, -0.0, 0.0, -0.0, 3.0, -0.0], [4, 0, 1, 2], [3.0, 0.0, 0.0, 0.0]),
+        ([2.0] * 6, [0, 1, 2, 3], [2.0] * 4),
+        ([-inf, 1.0, -inf, inf, inf, 0.0], [3, 4, 1, 0], [inf, inf, 1.0, 0.0]),
+    ):
+        got_values, got_indices = rk.topk_encode(x, W, torch.tensor(row, device=device), 4, backend=backend)
+        assert got_indices.tolist() == [indices]
+        torch.testing.assert_close(got_values.cpu(), torch.tensor([values]).to(dtype), rtol=0, atol=0, equal_nan=True)
+    x = torch.randn(3, 6).to(device, dtype)
+    x[1, 2] = nan
+    zeros = torch.zeros(6, device=device)
+    got_values, _ = rk.topk_encode(x, W, zeros, 2, zeros, backend=backend)
+    assert got_values.isnan().any(1).tolist() == [False, True, False]
+
+
+def check_encode(backend: str, x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor) -> tuple[Tensor, Tensor]:
+    """values and indices, after their comparison with fp64: as accurate as plain PyTorch, the best k but for ties."""
+    values, indices = rk.topk_encode(x, W, b, k, b_dec, backend=backend)
+    exact = reference.topk_encode(*double(x, W, b), k, b_dec.detach().cpu().double())
+    close(values.detach(), exact[0], reference.topk_encode(x, W, b, k, b_dec)[0], 2)
+    assert (indices.cpu() == exact[1]).double().mean() > 0.99
+    return values, indices
+
+
+@everywhere
+@every_dtype
+@pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 130, 1025, 33), (300, 72, 600, 7), (5, 9000, 40, 4)])
+def test_encode_and_its_gradients(backend, device, dtype, n, d, n_latents, k):
+    start = torch.randn(n, d), torch.randn(n_latents, d) / d**0.5, torch.randn(n_latents), torch.randn(d)
+    start[2][3] = 10  # a latent that every row selects: more entries than one segment of the backward where n > 256
+    leaves = [
+        t.to(device, u).requires_grad_() for t, u in zip(start, (dtype, dtype, *[torch.float32] * 2), strict=True)
+    ]
+    x, W, _, b_dec = leaves
+    values, indices = check_encode(backend, x, W, leaves[2], k, b_dec)
+    grad = torch.randn(n, k).to(device, dtype)
+    values.backward(grad)
+    ran(backend, "topk_encode", "topk_encode_backward")
+    for wanted in (True, False):
+        inputs = [t.detach() for t in (grad, values, indices, x, W, b_dec)]
+        exact = double(*inputs) if wanted else inputs
+        gradients = [*reference.topk_encode_backward(*exact, True, True)]
+        gradients.append(-(exact[4].T @ gradients[2].to(exact[4].dtype)).to(exact[5].dtype))
+        if wanted:
+            fp64 = gradients
+    for leaf, exact, own in zip(leaves, fp64, gradients, strict=True):
+        close(leaf.grad, exact, own, 3)
+
+
+@everywhere
+@every_dtype
+def test_encode_far_from_the_origin(backend, device, dtype):
+    """b_dec a thousand times the signal, and latents that do not average out: the product may not cancel."""
+    b_dec = 1000 * (1 + torch.rand(2000))
+    x, W = (b_dec + torch.randn(40, 2000)).to(device, dtype), torch.rand(500, 2000).to(device, dtype)
+    check_encode(backend, x, W, torch.randn(500, device=device), 5, b_dec.to(device))
+
+
+@decoders
+@every_dtype
+@every_index
+@pytest.mark.parametrize(
+    ("n", "k", "n_latents", "d"),
+    [
+        (5, 3, 7, 1),
+        (33, 1, 9, 64),
+        (600, 4, 30, 130),
+        (9, 65, 64, 1032),
+        (4, 6, 9, 5000),
+        (3, 5, 9, 9000),
+        (0, 4, 5, 8),
+    ],
+)
+def test_decode_and_its_gradients(backend, device, dtype, index_dtype, n, k, n_latents, d):
+    indices = torch.randint(0, n_latents, (n, k))  # duplicates within rows, and latents with more than 256 entries
+    values, W = torch.randn(n, k).to(dtype), torch.randn(n_latents, d).to(dtype)
+    values[::2, -1] = 0
+    b_dec, grad = torch.randn(d), torch.randn(n, d).to(dtype)
+    values, W, b_dec, grad, indices = (t.to(device) for t in (values, W, b_dec, grad, indices))
+    leaves = [t.clone().requires_grad_() for t in (values, W, b_dec)]
+    x_hat = rk.sparse_decode(leaves[0], indices.to(index_dtype), *leaves[1:], backend=backend)
+    x_hat.backward(grad)
+    ran(backend, "sparse_decode", "sparse_decode_backward")
+    exact = reference.sparse_decode(*double(values, indices, W, b_dec))
+    close(x_hat.detach(), exact, reference.sparse_decode(values, indices, W, b_dec), 2)
+    exact = reference.sparse_decode_backward(*double(grad, values, indices, W), True, True)
+    own = reference.sparse_decode_backward(grad, values, indices, W, True, True)
+    for leaf, a, b in zip(leaves, exact, own, strict=False):
+        close(leaf.grad, a, b, 3)
+    close(leaves[2].grad, double(grad)[0].sum(0), grad.sum(0, dtype=torch.float32), 3)
+    for alone in (0, 1):  # each gradient without the other takes kernels of its own
+        single = [t.clone().requires_grad_(i == alone) for i, t in enumerate((values, W))]
+        rk.sparse_decode(single[0], indices.to(index_dtype), single[1], backend=backend).backward(grad)
+        close(single[alone].grad, exact[alone], own[alone], 3)
+
+
+# --- the training step ----------------------------------------------------------------------------------------------
+
+
+def sae(device: str, n: int, d: int, n_latents: int, hot: float = 0.0) -> tuple[Tensor, list[Tensor], Tensor]:
+    """x, parameters, dead latents; those are positive at times, hardly ever chosen. With hot = 4, latent 3 always."""
+    W_enc, b_enc = torch.randn(n_latents, d) / d**0.5, torch.randn(n_latents) / 10
+    dead = torch.arange(5, n_latents, 9)
+    b_enc[3], b_enc[dead] = hot, -2
+    W_dec = torch.nn.functional.normalize(torch.randn(n_latents, d), dim=1)
+    parameters = [t.to(device).requires_grad_() for t in (W_enc, b_enc, W_dec, torch.randn(d) / 10)]
+    return torch.randn(n, d).to(device), parameters, dead.to(device)
+
+
+def compared(backend: str, device: str) -> list[tuple[str, str, torch.dtype]]:
+    """What runs: the back-end, plain PyTorch in the same dtype on the same device, the fp64 reference."""
+    return [(backend, device, torch.float32), ("reference", device, torch.float32), ("reference", "cpu", torch.float64)]
+
+
+def copies(parameters: list[Tensor], device: str, dtype: torch.dtype) -> list[Tensor]:
+    return [p.detach().to(device, dtype, copy=True).requires_grad_() for p in parameters]
+
+
+@everywhere
+@pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 40, 300, 7), (150, 24, 90, 5), (20, 5000, 40, 3)])
+@pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_step_gradients(backend, device, n, d, n_latents, k, with_dead, autocast):
+    x, parameters, dead = sae(device, n, d, n_latents)
+    if autocast is not None:  # what autocast rounds is rounded before, so that fp64 starts from the same numbers
+        with torch.no_grad():
+            parameters = [p.to(autocast).float().requires_grad_() for p in parameters]
+            x = x.to(autocast).float()
+    results = []
+    for where, on, dtype in compared(backend, device):
+        leaves = copies(parameters, on, dtype)
+        with torch.autocast(on, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            out = rk.sae_step(
+                x.to(on, dtype), *leaves, k, dead=dead.to(on) if with_dead else None, k_aux=4, backend=where
+            )
+        ran(where, "sae_step")
+        results.append((out, [leaf.grad for leaf in leaves]))
+    (mine, _), (torch_own, _), (fp64, _) = results
+    assert (mine.indices.cpu() == fp64.indices).double().mean() > 0.99
+    assert torch.equal(mine.fire_counts, torch_own.fire_counts)
+    for name in ("loss", "mse", "aux_loss", "fvu", "l0"):
+        rtol = 1e-5 if autocast is None else torch.finfo(autocast).eps
+        torch.testing.assert_close(getattr(mine, name).double().cpu(), getattr(fp64, name).double(), rtol=rtol, atol=0)
+    for actual, own, exact in zip(*(gradients for _, gradients in results), strict=True):
+        close(actual, exact, own, 3)
+    if with_dead:
+        assert mine.aux_loss > 0
+        assert leaves[0].grad[dead.cpu()].any()
+
+
+@everywhere
+@pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 40, 300, 7), (150, 24, 90, 5), (20, 5000, 40, 3)])
+@pytest.mark.parametrize("with_dead", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_step_with_optimizer(backend, device, n, d, n_latents, k, with_dead, max_grad_norm):
+    x, parameters, dead = sae(device, n, d, n_latents)
+    results = []
+    for where, on, dtype in compared(backend, device):
+        leaves = copies(parameters, on, dtype)
+        # A large eps: Adam's first steps are the sign of the gradient otherwise, and the sign of a rounding is a coin.
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, eps=1e-2, max_grad_norm=max_grad_norm)
+        for _ in range(2):
+            rk.sae_step(
+                x.to(on, dtype), *leaves, k, dead=dead.to(on) if with_dead else None, k_aux=4, optimizer=optimizer,
+                backend=where,
+            )  # fmt: skip
+        ran(where, "sae_step")
+        moments = [optimizer.state[leaf][m] for leaf in leaves for m in ("exp_avg", "exp_avg_sq")]
+        results.append([*(leaf.detach() for leaf in leaves), *moments])
+    for actual, own, exact in zip(*results, strict=True):
+        close(actual, exact, own, 3)
+
+
+@everywhere
+@pytest.mark.parametrize("d", [40, 5000, 9000])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("plain", [False, True])
+def test_adam(backend, device, d, max_grad_norm, plain):
+    _, parameters, _ = sae(device, 1, d, 12)
+    gradients = [[torch.randn(p.shape) for p in parameters] for _ in range(2)]
+    results = []
+    for where, on, dtype in compared(backend, device):
+        leaves = copies(parameters, on, dtype)
+        # eps as above.
+        options = {
+            "eps": 1e-2,
+            "unit_norm_decoder": not plain,
+            "remove_parallel_grad": not plain,
+            "max_grad_norm": max_grad_norm,
+        }
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, backend=where, **options)
+        for step in gradients:
+            for leaf, gradient in zip(leaves, step, strict=True):
+                leaf.grad = gradient.to(on, dtype)
+            optimizer.step()
+        ran(where, "sae_adam")
+        results.append([leaf.detach() for leaf in leaves])
+    for actual, own, exact in zip(*results, strict=True):
+        close(actual, exact, own, 3)
+
+
+# --- what a value test does not see ---------------------------------------------------------------------------------
+
+
+def everything(backend: str, device: str, dtype: torch.dtype, n: int, d: int, n_latents: int, k: int) -> list[Tensor]:
+    """Each operator and gradient once, with int32 indices, hot latents where n > 256, AuxK and the optimiser."""
+    torch.manual_seed(1)
+    x, parameters, dead = sae(device, n, d, n_latents, hot=4)
+    leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (x, *parameters)]
+    values, indices = rk.topk_encode(*leaves[:3], k, leaves[4], backend=backend)
+    x_hat = rk.sparse_decode(values, indices.int(), *leaves[3:], backend=backend)
+    x_hat.square().sum().backward()
+    ran(backend, "topk_encode", "sparse_decode", "topk_encode_backward", "sparse_decode_backward")
+    rk.sae_step(x, *parameters, k, dead=dead, k_aux=4, backend=backend)
+    gradients = [p.grad.clone() for p in parameters]
+    optimizer = rk.SAEAdam(*parameters, lr=0.01, backend=backend)
+    out = rk.sae_step(x, *parameters, k, dead=dead, k_aux=4, optimizer=optimizer, backend=backend)
+    optimizer.step()
+    ran(backend, "sae_step", "sae_adam")
+    return [values, indices, x_hat, *(leaf.grad for leaf in leaves), *gradients, *out, *parameters]
+
+
+@everywhere
+@every_dtype
+def test_same_input_same_bits(backend, device, dtype):
+    first, second = (everything(backend, device, dtype, 300, 72, 700, 9) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.sanitizer
+@everywhere
+@every_dtype
+def test_every_operator_once(backend, device, dtype):
+    """Small enough for compute-sanitizer, which slows kernels down a hundredfold."""
+    results = everything(backend, device, dtype, 5, 37, 90, 5)
+    assert all(t.isfinite().all() for t in results if t.is_floating_point())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.gpu
+@every_dtype
+@every_index
+def test_cuda_decode_once(dtype, index_dtype):
+    values, W = torch.randn(5, 4, device="cuda", dtype=dtype), torch.randn(9, 37, device="cuda", dtype=dtype)
+    leaves = [t.requires_grad_() for t in (values, W)]
+    indices = torch.randint(0, 9, (5, 4), device="cuda", dtype=index_dtype)
+    rk.sparse_decode(leaves[0], indices, leaves[1], backend="cuda").sum().backward()
+    ran("cuda", "sparse_decode", "sparse_decode_backward")
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def captured(device: str, call: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """`call` as a CUDA graph, after the warm-up that compiles its kernels; on a CPU the call itself."""
+    if device == "cpu":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+@everywhere
+@pytest.mark.parametrize("autocast", [False, True])
+def test_step_into_gradients_can_be_captured(backend, device, autocast):
+    """Not the optimiser's step: Adam's step counter is a number on the host, which a graph would freeze."""
+    torch.use_deterministic_algorithms(False)  # the kernels that people run
+    x, parameters, dead = sae(device, 70, 40, 300)
+    batch = x.clone()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> list[Tensor]:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            out = rk.sae_step(batch, *parameters, 7, dead=dead, backend=backend)
+            x_hat = rk.sparse_decode(out.values, out.indices, *(p.detach() for p in parameters[2:]), backend=backend)
+        return [*out, x_hat]
+
+    replay = captured(device, step)
+    for now in (x, x.flip(0) * 2):
+        batch.copy_(now)
+        results = []
+        for call in (replay, step):
+            for parameter in parameters:
+                parameter.grad.zero_()
+            outputs = call()
+            results.append([t.clone() for t in (*outputs, *(p.grad for p in parameters))])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@contextlib.contextmanager
+def waiting_is_an_error(device: str):
+    if device == "cpu":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@everywhere
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_step_with_dead_latents_never_waits_for_the_device(backend, device, max_grad_norm):
+    torch.use_deterministic_algorithms(False)
+    x, parameters, dead = sae(device, 70, 40, 300)
+    optimizer = rk.SAEAdam(*parameters, lr=1e-4, max_grad_norm=max_grad_norm)
+    tracker = rk.DeadLatents(300, dead_after_tokens=140, refresh_every=10, device=device)
+    rk.sae_step(x, *parameters, 7, dead=dead, optimizer=optimizer, backend=backend)  # compiles
+    with waiting_is_an_error(device):
+        for _ in range(15):
+            out = rk.sae_step(x, *parameters, 7, dead=dead, k_aux=4, optimizer=optimizer, backend=backend)
+            tracker.update(out.fire_counts, x.shape[0])
+            rk.sae_step(x, *parameters, 7, dead=tracker.rows, backend=backend)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        tracker.update(out.fire_counts, x.shape[0])
+    ran(backend, "sae_step")
+    assert torch.isin(dead, tracker.rows).all()
