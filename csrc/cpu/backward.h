@@ -90,6 +90,24 @@ RK_INLINE void each_group(int64_t begin, int64_t end, const F& f) {
   }
 }
 
+// Latents that fire in nearly every token have thousands of hits, whose serial sum in fp32 would lose what a blocked product
+// keeps: hits are summed in segments, and the segments' sums then. f(begin, end, first segment or not).
+constexpr int64_t kSegmentHits = 128;
+
+template <class F>
+RK_INLINE void each_segment(int64_t begin, int64_t end, const F& f) {
+  for (int64_t h = begin; h < end; h += kSegmentHits) {
+    f(h, std::min(h + kSegmentHits, end), h == begin);
+  }
+}
+
+template <class T>
+RK_INLINE void add_row(T* sum, const T* row, int64_t d) {
+  for (int64_t c = 0; c < d; ++c) {
+    sum[c] += row[c];
+  }
+}
+
 template <class R>
 void prefetch_hits(const LatentMajor& list, int64_t begin, int64_t end, const R* rows, int64_t d) {
   for (int64_t h = begin; h < end; ++h) {
@@ -103,34 +121,45 @@ void weight_grad(const WeightGradArgs<R>& a, const Threads& threads) {
   using T = Compute<R>;
   const int64_t d = a.d;
   each_chunk(Chunks(a.F), a.F, a.list.offsets, threads, [&](int64_t first, int64_t last, int64_t) {
-    T* sum = scratch<T>(Slot::kRows, d);
+    T* sum = scratch<T>(Slot::kRows, 2 * d);
     const int64_t hits_end = a.list.offsets[last];
     for (int64_t f = first; f < last; ++f) {
       std::fill(sum, sum + d, T(0));
       T total = 0;
-      each_group(a.list.offsets[f], a.list.offsets[f + 1], [&](int64_t h, auto group) {
-        constexpr int G = decltype(group)::value;
-        const R* rows[G];
-        T coefficient[G];
-        prefetch_hits(a.list, h + G, std::min<int64_t>(h + G + kGroup, hits_end), a.rows, d);
-        for (int g = 0; g < G; ++g) {
-          const Hit hit = a.list.hits[h + g];
-          const int64_t at = hit.token * a.k + hit.slot;
-          const bool counts = a.mask == nullptr || !(widen(a.mask[at]) == T(0));
-          rows[g] = a.rows + hit.token * d;
-          coefficient[g] = counts ? T(widen(a.values[at])) : T(0);
-          total += coefficient[g];
+      each_segment(a.list.offsets[f], a.list.offsets[f + 1], [&](int64_t from, int64_t to, bool initial) {
+        T* part = initial ? sum : sum + d;
+        if (!initial) {
+          std::fill(part, part + d, T(0));
         }
-        if (a.dvalues != nullptr) {
-          T dots_out[G];
-          dots<R, R, G>(rows, a.W + f * d, d, dots_out);
+        T part_total = 0;
+        each_group(from, to, [&](int64_t h, auto group) {
+          constexpr int G = decltype(group)::value;
+          const R* rows[G];
+          T coefficient[G];
+          prefetch_hits(a.list, h + G, std::min<int64_t>(h + G + kGroup, hits_end), a.rows, d);
           for (int g = 0; g < G; ++g) {
             const Hit hit = a.list.hits[h + g];
-            narrow(dots_out[g], a.dvalues[hit.token * a.k + hit.slot]);
+            const int64_t at = hit.token * a.k + hit.slot;
+            const bool counts = a.mask == nullptr || !(widen(a.mask[at]) == T(0));
+            rows[g] = a.rows + hit.token * d;
+            coefficient[g] = counts ? T(widen(a.values[at])) : T(0);
+            part_total += coefficient[g];
           }
-        }
-        if (a.dW != nullptr) {
-          accumulate<R, G>(sum, rows, coefficient, a.shift, d);
+          if (a.dvalues != nullptr) {
+            T dots_out[G];
+            dots<R, R, G>(rows, a.W + f * d, d, dots_out);
+            for (int g = 0; g < G; ++g) {
+              const Hit hit = a.list.hits[h + g];
+              narrow(dots_out[g], a.dvalues[hit.token * a.k + hit.slot]);
+            }
+          }
+          if (a.dW != nullptr) {
+            accumulate<R, G>(part, rows, coefficient, a.shift, d);
+          }
+        });
+        total += part_total;
+        if (!initial) {
+          add_row(sum, part, d);
         }
       });
       if (a.dW != nullptr) {
@@ -151,9 +180,10 @@ void weight_grad(const WeightGradArgs<R>& a, const Threads& threads) {
 
 // ---- all gradients of the autoencoder's loss from e ----------------------------------------------------------------
 
-// One latent's hits: gd += v g_n, ge += dv (x_n - b_dec), returns sum dv, with g = scale * e and dv = <g_n, w_dec>.
+// Hits [begin, end) of one latent: gd += v g_n, ge += dv (x_n - b_dec), returns sum dv, with g = scale * e and
+// dv = <g_n, w_dec>.
 template <class R>
-RK_INLINE Compute<R> latent_gradient(
+RK_INLINE Compute<R> segment_gradient(
     const LatentMajor& list, int64_t begin, int64_t end, int64_t prefetch_end, const R* e, const R* x, const R* values,
     const R* w_dec, const Compute<R>* b_dec, int64_t k, int64_t d, Compute<R> scale, Compute<R>* gd, Compute<R>* ge) {
   using T = Compute<R>;
@@ -183,15 +213,40 @@ RK_INLINE Compute<R> latent_gradient(
   return gb;
 }
 
+// The same for all hits of a latent, segment by segment; `parts` is room for two rows.
+template <class R>
+Compute<R> latent_gradient(
+    const LatentMajor& list, int64_t latent, int64_t prefetch_end, const R* e, const R* x, const R* values,
+    const R* w_dec, const Compute<R>* b_dec, int64_t k, int64_t d, Compute<R> scale, Compute<R>* gd, Compute<R>* ge,
+    Compute<R>* parts) {
+  using T = Compute<R>;
+  T gb = 0;
+  each_segment(list.offsets[latent], list.offsets[latent + 1], [&](int64_t from, int64_t to, bool initial) {
+    T* own_gd = initial ? gd : parts;
+    T* own_ge = initial ? ge : parts + d;
+    if (!initial) {
+      std::fill(parts, parts + 2 * d, T(0));
+    }
+    gb += segment_gradient<R>(list, from, to, prefetch_end, e, x, values, w_dec, b_dec, k, d, scale, own_gd, own_ge);
+    if (!initial) {
+      add_row(gd, own_gd, d);
+      add_row(ge, own_ge, d);
+    }
+  });
+  return gb;
+}
+
 template <class R>
 void sae_backward(const SaeGradArgs<R>& a, const Threads& threads) {
+  using T = Compute<R>;
   each_chunk(Chunks(a.F), a.F, a.list.offsets, threads, [&](int64_t first, int64_t last, int64_t) {
+    T* parts = scratch<T>(Slot::kRows, 2 * a.d);
     const int64_t* offsets = a.list.offsets;
     for (int64_t f = first; f < last; ++f) {
       if (offsets[f] < offsets[f + 1]) {
         a.db_enc[f] += latent_gradient<R>(
-            a.list, offsets[f], offsets[f + 1], offsets[last], a.e, a.x, a.values, a.W_dec + f * a.d, a.b_dec, a.k, a.d,
-            a.scale, a.dW_dec + f * a.d, a.dW_enc + f * a.d);
+            a.list, f, offsets[last], a.e, a.x, a.values, a.W_dec + f * a.d, a.b_dec, a.k, a.d, a.scale,
+            a.dW_dec + f * a.d, a.dW_enc + f * a.d, parts);
       }
     }
   });
@@ -205,8 +260,9 @@ void sae_backward_adam(const SaeAdamArgs<R>& a, const Threads& threads) {
   // [chunks, d]: sums of db_enc[f] W_enc[f] per chunk, added up in chunk order below.
   T* partial = scratch<T>(Slot::kPartialSums, chunks.count * d);
   each_chunk(chunks, a.F, a.list.offsets, threads, [&](int64_t first, int64_t last, int64_t chunk) {
-    T* gd = scratch<T>(Slot::kRows, 2 * d);
+    T* gd = scratch<T>(Slot::kRows, 4 * d);
     T* ge = gd + d;
+    T* parts = gd + 2 * d;
     T* sum = partial + chunk * d;
     std::fill(sum, sum + d, T(0));
     const int64_t* offsets = a.list.offsets;
@@ -225,8 +281,7 @@ void sae_backward_adam(const SaeAdamArgs<R>& a, const Threads& threads) {
           std::fill(gd, gd + 2 * d, T(0));
         }
         gb += latent_gradient<R>(
-            a.list, offsets[f], offsets[f + 1], offsets[last], a.e, a.x, a.values, w_dec, a.b_dec, a.k, d, a.scale, gd,
-            ge);
+            a.list, f, offsets[last], a.e, a.x, a.values, w_dec, a.b_dec, a.k, d, a.scale, gd, ge, parts);
         accumulate_rows<R, 1, false>(sum, {w_enc}, {gb}, nullptr, d);
       }
       const T* no_gradient = nullptr;

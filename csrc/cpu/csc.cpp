@@ -1,22 +1,29 @@
 #include "csc.h"
 
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 namespace rk {
 
 template <class I>
-void index_range(const I* indices, int64_t count, int64_t& low, int64_t& high) {
-  I least = 0;
-  I most = -1;
-  if (count > 0) {
-    least = most = indices[0];
-    for (int64_t i = 1; i < count; ++i) {
-      least = indices[i] < least ? indices[i] : least;
-      most = indices[i] > most ? indices[i] : most;
-    }
+bool all_in_range(const I* indices, int64_t count, int64_t F) {
+  // Negative where an index is, or where one is beyond F - 1: operations that every vector unit has for 64 bits, too.
+  const I last = static_cast<I>(std::min<int64_t>(F - 1, std::numeric_limits<I>::max()));
+  I sign = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sign |=
+        indices[i] |
+        static_cast<I>(static_cast<std::make_unsigned_t<I>>(last) - static_cast<std::make_unsigned_t<I>>(indices[i]));
   }
-  low = least;
-  high = most;
+  return sign >= 0;
+}
+
+template <class I>
+void index_range(const I* indices, int64_t count, int64_t& low, int64_t& high) {
+  const auto [least, most] = std::minmax_element(indices, indices + count);
+  low = count > 0 ? *least : 0;
+  high = count > 0 ? *most : -1;
 }
 
 template <class R, class I>
@@ -67,6 +74,7 @@ LatentMajor latent_major(
 #define RK_INSTANTIATE(R, I) \
   template LatentMajor latent_major<R, I>(const I*, const R*, int64_t, int64_t, int64_t, const Threads&);
 #define RK_INSTANTIATE_INDEX(I)                                        \
+  template bool all_in_range<I>(const I*, int64_t, int64_t);           \
   template void index_range<I>(const I*, int64_t, int64_t&, int64_t&); \
   RK_INSTANTIATE(float, I) RK_INSTANTIATE(double, I) RK_INSTANTIATE(BF16, I) RK_INSTANTIATE(F16, I)
 RK_INSTANTIATE_INDEX(int32_t)

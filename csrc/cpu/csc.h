@@ -6,6 +6,10 @@
 
 namespace rk {
 
+// Whether every index is in [0, F).
+template <class I>
+bool all_in_range(const I* indices, int64_t count, int64_t F);
+
 // Smallest and largest index; (0, -1) for none.
 template <class I>
 void index_range(const I* indices, int64_t count, int64_t& low, int64_t& high);

@@ -163,12 +163,13 @@ inline void check_codes(
   STD_TORCH_CHECK(N < kMost && k < kMost, op, ": more than 2^32 tokens or values per token are not supported");
   with_index_type(op, indices.scalar_type(), [&](auto type) {
     using I = typename decltype(type)::type;
-    int64_t low = 0;
-    int64_t high = -1;
-    index_range<I>(in<I>(indices), N * k, low, high);
-    STD_TORCH_CHECK(
-        low >= 0 && high < F, op, ": indices must lie in [0, ", F, "), the rows of the weights; got ",
-        low < 0 ? low : high);
+    if (!all_in_range<I>(in<I>(indices), N * k, F)) {
+      int64_t low = 0;
+      int64_t high = -1;
+      index_range<I>(in<I>(indices), N * k, low, high);
+      STD_TORCH_CHECK(
+          false, op, ": indices must lie in [0, ", F, "), the rows of the weights; got ", low < 0 ? low : high);
+    }
   });
 }
 

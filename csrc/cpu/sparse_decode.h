@@ -81,8 +81,11 @@ void decode_row(const DecodeArgs<R, I>& a, int64_t n, const Compute<R>* values, 
   for (; c + kDecodeVecs * L <= a.d; c += kDecodeVecs * L) {
     squares += decode_span<R, I, kDecodeVecs>(a, n, values, next, c);
   }
-  for (; c + 4 * L <= a.d; c += 4 * L) {
-    squares += decode_span<R, I, 4>(a, n, values, next, c);
+  for (; c + kDecodeVecs / 2 * L <= a.d; c += kDecodeVecs / 2 * L) {
+    squares += decode_span<R, I, kDecodeVecs / 2>(a, n, values, next, c);
+  }
+  for (; c + 2 * L <= a.d; c += 2 * L) {
+    squares += decode_span<R, I, 2>(a, n, values, next, c);
   }
   for (; c + L <= a.d; c += L) {
     squares += decode_span<R, I, 1>(a, n, values, next, c);
