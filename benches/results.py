@@ -18,7 +18,7 @@ from .shapes import COLUMNS, GROUPS, Shape
 
 RESULTS = ROOT / "benches" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BLOCK_NAMES = ("bench", "bench-more")
 
 TITLES = {
     "dense": "dense eager",
@@ -170,37 +170,66 @@ def newest() -> Path:
     return files[-1]
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The README's block between the markers: conditions, then one table per malloc setting's whole step and parts."""
-    machine, versions = result["machine"], result["versions"]
-    setting = result["settings"][0]
-    what = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
-    isa = "" if "gpu" in machine else f" ({versions.get('isa', 'default')})"
-    lines = [
-        f"fp32 on {what}{isa}, torch {versions['torch']}, Python {versions['python']}, {machine['libc']}, "
-        f"{setting['malloc']} malloc settings; best of {setting['rounds']} turns in one run, columns taking turns; "
-        f"commit {result['commit']}, {result['date'][:10]}. `make bench` prints this table and the one with tuned "
-        "malloc settings.",
-        "",
+def _table(cases: list[dict[str, Any]]) -> list[str]:
+    """Lines of a markdown table of cases."""
+    return [
         "| " + " | ".join(HEADER) + " |",
         "|" + "|".join("---" if i < 2 else "---:" for i in range(len(HEADER))) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows(setting["cases"])),
+        *("| " + " | ".join(row) + " |" for row in rows(cases)),
     ]
-    return "\n".join(lines)
 
 
-def readme_block(text: str) -> str:
-    """What stands between the markers; ValueError when a marker is missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must have the lines {BEGIN} and {END} once each, in this order")
-    return text.split(BEGIN)[1].split(END)[0].strip("\n")
+def blocks(result: dict[str, Any]) -> dict[str, str]:
+    """The README's blocks by name: `bench`, the conditions and the first shape; `bench-more`, everything else."""
+    machine, versions = result["machine"], result["versions"]
+    setting = result["settings"][0]
+    first = setting["cases"][0]["shape"]
+    what = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
+    isa = "" if "gpu" in machine else f" ({versions.get('isa', 'default')})"
+    head = [
+        f"fp32 on {what}{isa}, torch {versions['torch']}, Python {versions['python']}, {machine['libc']}, "
+        f"{setting['malloc']} malloc settings; best of {setting['rounds']} turns in one run, columns taking turns; "
+        f"commit {result['commit']}, {result['date'][:10]}; `make bench`.",
+        "",
+        *_table([case for case in setting["cases"] if case["shape"] == first]),
+    ]
+    more = ["The same run at the other shapes:", "", *_table([c for c in setting["cases"] if c["shape"] != first])]
+    for other in result["settings"][1:]:
+        more += ["", f"With {other['malloc']} malloc settings (no page faults for freed blocks), all shapes:", ""]
+        more += _table(other["cases"])
+    if result["crossover"]:
+        n, d = result["crossover"][0]["shape"][:2]
+        more += [
+            "",
+            f"Dense time / our time of the whole step at N = {n}, d = {d}; below 1 dense is the better choice:",
+        ]
+        more += ["", "```", crossover_table(result["crossover"], "step"), "```"]
+    return {"bench": "\n".join(head), "bench-more": "\n".join(more)}
+
+
+def _split(text: str, name: str) -> tuple[str, str, str]:
+    """What stands before, between and after a block's markers; ValueError when a marker is missing."""
+    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md must have the lines {begin.strip()} and {end.strip()} once each, in this order")
+    before, rest = text.split(begin)
+    inside, after = rest.split(end)
+    return before + begin, inside, end + after
+
+
+def readme_block(text: str, name: str) -> str:
+    """What stands between the markers of a block; ValueError when one is missing."""
+    return _split(text, name)[1]
 
 
 def update_readme(path: Path = README, result: dict[str, Any] | None = None) -> None:
-    """Rewrites the README's table from the newest result file."""
+    """Rewrites the README's blocks from the newest result file."""
     if result is None:
         result = json.loads(newest().read_text())
     text = path.read_text()
-    readme_block(text)
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{markdown(result)}\n{END}{after}")
+    for name in BLOCK_NAMES:
+        readme_block(text, name)
+    for name, block in blocks(result).items():
+        before, _, after = _split(text, name)
+        text = before + block + after
+    path.write_text(text)

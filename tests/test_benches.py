@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the re
 from benches import harness, memory, model, results, torch_paths  # noqa: E402
 from benches.columns import TOLERANCE, Case, Column  # noqa: E402
 from benches.problem import Problem  # noqa: E402
-from benches.shapes import COLUMNS, GROUPS, SHAPES, Shape  # noqa: E402
+from benches.shapes import COLUMNS, CROSSOVER_GROUPS, CROSSOVER_SHAPES, GROUPS, SHAPES, Shape  # noqa: E402
 from benches.timers import cuda_event  # noqa: E402
 
 SMALL = Shape(96, 24, 160, 6)
@@ -333,27 +333,29 @@ def test_merge_takes_the_best_call_of_all_turns() -> None:
 # --- README and committed results ------------------------------------------------------------------------------------
 
 
-def test_readme_shows_the_newest_committed_result() -> None:
+@pytest.mark.parametrize("name", results.BLOCK_NAMES)
+def test_readme_shows_the_newest_committed_result(name: str) -> None:
     result = json.loads(results.newest().read_text())
-    assert results.readme_block((ROOT / "README.md").read_text()) == results.markdown(result), (
-        "the README's table is not that of the newest result: run `python -m benches readme`"
+    assert results.readme_block((ROOT / "README.md").read_text(), name) == results.blocks(result)[name], (
+        "the README's tables are not those of the newest result: run `python -m benches readme`"
     )
 
 
 def test_committed_results_are_complete() -> None:
-    """All groups and columns at the first shape, a plot, and our kernels in our column; every further setting and shape
-    that is there is there in full."""
+    """Both malloc settings, all shapes, groups and columns, the crossover, a plot, and our kernels in our column."""
     path = results.newest()
     result = json.loads(path.read_text())
     assert path.with_suffix(".svg").exists()
-    assert result["settings"][0]["malloc"] == "default"
+    assert [setting["malloc"] for setting in result["settings"]] == ["default", "tuned"]
+    everything = {(group, shape) for group in GROUPS for shape in SHAPES}
     for setting in result["settings"]:
-        shapes = {Shape(*c["shape"]) for c in setting["cases"]}
-        assert SHAPES[0] in shapes
-        assert {(c["group"], Shape(*c["shape"])) for c in setting["cases"]} == {(g, s) for g in GROUPS for s in shapes}
+        assert {(c["group"], Shape(*c["shape"])) for c in setting["cases"]} == everything
         for case in setting["cases"]:
             assert set(COLUMNS) <= set(case["columns"])
             assert case["columns"]["ours"]["backend"] == "cpu"
+    assert {(c["group"], Shape(*c["shape"])) for c in result["crossover"]} == {
+        (group, shape) for group in CROSSOVER_GROUPS for shape in CROSSOVER_SHAPES
+    }
 
 
 def test_readme_without_markers_is_an_error(tmp_path: Path) -> None:
@@ -365,10 +367,14 @@ def test_readme_without_markers_is_an_error(tmp_path: Path) -> None:
 
 def test_update_touches_nothing_outside_the_markers(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{results.BEGIN}\nold\n{results.END}\nbelow\n")
+    old = "above\n" + "between\n".join(
+        f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in results.BLOCK_NAMES
+    )
+    readme.write_text(old + "below\n")
     result = json.loads(results.newest().read_text())
     results.update_readme(readme, result)
     text = readme.read_text()
-    assert text.startswith(f"above\n{results.BEGIN}\n")
-    assert text.endswith(f"{results.END}\nbelow\n")
-    assert results.readme_block(text) == results.markdown(result)
+    for name, block in results.blocks(result).items():
+        assert results.readme_block(text, name) == block
+        text = text.replace(block, "old")
+    assert text == old + "below\n"
