@@ -108,7 +108,7 @@ def measure(arguments: list[str], malloc: str) -> list[dict[str, Any]]:
                 str(machine.ROOT / "benches" / file),
                 "-q",
                 "--no-header",
-                "--no-summary",
+                "--tb=line",
             ),
             *(
                 "-p",

@@ -24,9 +24,10 @@ from .problem import BETAS, EPS, LR, Problem, relative_error
 from .torch_paths import SparsePath
 
 # Norm-wise relative errors against fp64. fp32 products of these sizes are off by about 1e-6; a wrong selection, a
-# missing token or a missing mask by more than 1e-3. Adam's first step is lr * sign(gradient): elements whose gradient
-# is of the size of its rounding error change it more.
-TOLERANCE = {"encode": 1e-5, "decode": 1e-5, "backward": 1e-4, "step": 1e-2}
+# missing token or a missing mask by more than 1e-3.
+TOLERANCE = {"encode": 1e-5, "decode": 1e-5, "backward": 1e-4, "step": 1e-3}
+# Of the largest element of a gradient: what lies below may have either sign in fp32.
+SIGN_IS_ROUNDING = 1e-5
 # The sparse path as it is usually written.
 USUAL_FORMS = {"encode": "fresh", "decode": "bag", "backward": "index_add"}
 CALIBRATION_ROUNDS = 2
@@ -427,29 +428,23 @@ class Case:
         )
 
     def _update_error(self) -> float:
-        """Relative error of the first step's change of the parameters, at the checked latents."""
+        """Relative error of the first step's change of the parameters, at the checked latents. Adam's first step is the
+        gradient's sign: elements of a gradient that is nothing but rounding to fp32 have none, and are left out."""
         g = self.problem.gradients
         assert self._initial is not None
-        W_enc, b_enc, W_dec, b_dec = self._initial
-
-        def adam(weight: Tensor, gradient: Tensor) -> Tensor:
-            # The first step from zero moments: both bias corrections cancel the factors 1 - beta.
-            return weight.double() - LR * gradient / (gradient.abs() + EPS)
-
-        expected = [
-            adam(W_enc[g.rows], g.dW_enc),
-            adam(b_enc[g.rows], g.db_enc),
-            adam(W_dec[g.rows], g.dW_dec),
-            adam(b_dec, g.db_dec),
-        ]
-        expected[2] /= torch.linalg.vector_norm(expected[2], dim=1, keepdim=True)
         worst = 0.0
-        selected = (g.rows, g.rows, g.rows, slice(None))
-        for parameter, initial, target, rows in zip(
-            self.problem.parameters, self._initial, expected, selected, strict=True
+        everywhere = slice(None)
+        for i, (gradient, rows) in enumerate(
+            ((g.dW_enc, g.rows), (g.db_enc, g.rows), (g.dW_dec, g.rows), (g.db_dec, everywhere))
         ):
-            before = initial[rows].double()
-            worst = max(worst, relative_error(parameter.detach()[rows].double() - before, target - before))
+            before = self._initial[i][rows].double()
+            # The first step from zero moments: both bias corrections cancel the factors 1 - beta.
+            target = before - LR * gradient / (gradient.abs() + EPS)
+            if i == 2:
+                target /= torch.linalg.vector_norm(target, dim=1, keepdim=True)
+            certain = (gradient == 0) | (gradient.abs() > SIGN_IS_ROUNDING * gradient.abs().max())
+            after = self.problem.parameters[i].detach()[rows].double()
+            worst = max(worst, relative_error((after - before)[certain], (target - before)[certain]))
         return worst
 
 
