@@ -124,3 +124,16 @@ def test_no_two_parameters_may_lie_in_the_same_memory():
     wide = torch.randn(F, 2 * D)
     rk.SAEAdam(leaf(flat[: F * D].view(F, D)), b_enc, leaf(flat[F * D : 2 * F * D].view(F, D)), b_dec)
     rk.SAEAdam(leaf(wide[:, :D]), b_enc, leaf(wide[:, D:]), b_dec)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_clipping_16_bit_parameters(backend):
+    """Their gradients come in fp32; the first step is the unclipped one, as Adam does not see a gradient's scale."""
+    leaves = [p.detach().bfloat16().requires_grad_() for p in parameters()]
+    twins = [p.detach().clone().requires_grad_() for p in leaves]
+    x = torch.randn(9, D).bfloat16()
+    for group, norm in ((leaves, 0.1), (twins, None)):
+        optimizer = rk.SAEAdam(*group, lr=0.1, max_grad_norm=norm)
+        rk.sae_step(x, *group, 3, optimizer=optimizer, backend=backend)
+    for clipped, plain in zip(leaves, twins, strict=True):
+        torch.testing.assert_close(clipped, plain, rtol=0.02, atol=0.02)

@@ -43,6 +43,9 @@ def add_entries(
         source = (entry // k).to(tl.int64)[:, None] * d + column[None, :]
         inside = used[:, None] & live[None, :]
         value = tl.load(values_ptr + entry, mask=used, other=0.0).to(tl.float32)
+        if ENCODER:
+            # Fillers of value 0 have no gradient, and 0 times an infinity in their row would be NaN.
+            inside = inside & (value != 0.0)[:, None]
         e = tl.load(e_ptr + source, mask=inside, other=0.0).to(tl.float32)
         dv = tl.sum(e * w[None, :], axis=1) * scale
         dw_dec += tl.sum((value * scale)[:, None] * e, axis=0)

@@ -83,7 +83,11 @@ def rows_kernel(
                 db += tl.sum(c)
             if ROWS:
                 source = (entry // k).to(tl.int64)[:, None] * d + column[None, :]
-                rows = tl.load(rows_ptr + source, mask=used[:, None] & live[None, :], other=0.0).to(tl.float32)
+                read = used
+                if SUM:
+                    # The encoder's gradient: fillers have none, and 0 times an infinity in their row would be NaN.
+                    read = used & (c != 0.0)
+                rows = tl.load(rows_ptr + source, mask=read[:, None] & live[None, :], other=0.0).to(tl.float32)
                 if HAS_BIAS:
                     rows -= tl.load(b_dec_ptr + column, mask=live, other=0.0)[None, :]
                 total += tl.sum(c[:, None] * rows, axis=0)

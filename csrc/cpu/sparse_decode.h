@@ -5,18 +5,22 @@
 // come kAhead activations later are prefetched, because their addresses are data and no hardware prefetcher sees them.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 
 namespace rk {
 namespace RK_ISA {
 
-constexpr int64_t kAhead = 6;
 #if RK_VECTOR_BYTES == 64
 constexpr int kDecodeVecs = 16;
 #else
 constexpr int kDecodeVecs = 8;
 #endif
+// Rows that are prefetched ahead: as many bytes for short spans as for long ones.
+template <int V>
+constexpr int64_t kAhead = V >= kDecodeVecs ? 6 : 12;
 
 template <class R>
 RK_INLINE void prefetch_span(const R* p, int64_t elements) {
@@ -38,7 +42,7 @@ RK_INLINE Vec<Compute<R>> decode_span(
     sum[v] = Vec<T>{};
   }
   for (int64_t j = 0; j < a.k; ++j) {
-    const int64_t ahead = j + kAhead;
+    const int64_t ahead = j + kAhead<V>;
     if (ahead < a.k) {
       prefetch_span(a.W + static_cast<int64_t>(indices[ahead]) * a.d + c, kSpan);
     } else if (c + kSpan < a.d) {
@@ -112,13 +116,17 @@ template <class R, class I>
 void sparse_decode(const DecodeArgs<R, I>& a, const Threads& threads) {
   using T = Compute<R>;
   parallel_tasks(threads, (a.N + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
-    T* values = scratch<T>(Slot::kRows, a.k);
+    T* copies = scratch<T>(Slot::kRows, a.k);
     const int64_t end = std::min((task + 1) * kTokensPerTask, a.N);
     for (int64_t n = task * kTokensPerTask; n < end; ++n) {
-      for (int64_t j = 0; j < a.k; ++j) {
+      const T* values = copies;
+      if constexpr (std::is_same_v<R, T>) {
+        values = a.mask == nullptr ? a.values + n * a.k : copies;
+      }
+      for (int64_t j = 0; values == copies && j < a.k; ++j) {
         const int64_t at = n * a.k + j;
         const bool counts = a.mask == nullptr || !(widen(a.mask[at]) == T(0));
-        values[j] = counts ? T(widen(a.values[at])) : T(0);
+        copies[j] = counts ? T(widen(a.values[at])) : T(0);
       }
       decode_row(a, n, values, n + 1 < a.N ? a.indices + (n + 1) * a.k : nullptr);
     }

@@ -49,11 +49,16 @@ def sparse_decode(
     _, d = check_decoder("sparse_decode", values, indices, W_dec, b_dec)
     dtype = matmul_dtype(values.device.type, values.dtype, W_dec.dtype)
     backend = requested_backend(backend)  # settled here for the backward pass too
-    k = values.shape[-1]
-    n_rows = values.shape[:-1].numel()  # reshape(-1, 0) could not tell the number of rows
-    values_, indices_ = values.reshape(n_rows, k).to(dtype), indices.reshape(n_rows, k)
-    x_hat = apply("sparse_decode", _SparseDecode, values_, indices_, W_dec.to(dtype), b_dec, backend)
-    return x_hat.reshape(*values.shape[:-1], d)
+    shape = values.shape[:-1]
+    if values.dim() != 2:
+        rows = shape.numel(), values.shape[-1]  # reshape(-1, 0) could not tell the number of rows
+        values, indices = values.reshape(rows), indices.reshape(rows)
+    arguments = values.to(dtype), indices, W_dec.to(dtype), b_dec, backend
+    if torch.is_grad_enabled():
+        x_hat = apply("sparse_decode", _SparseDecode, *arguments)
+    else:
+        x_hat = _sparse_decode(*arguments)  # a Function would be a fifth of a call at d = 128
+    return x_hat if len(shape) == 1 else x_hat.reshape(*shape, d)
 
 
 class _SparseDecode(torch.autograd.Function):

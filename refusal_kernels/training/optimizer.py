@@ -49,7 +49,8 @@ class SAEAdam(torch.optim.Optimizer):
 
     Args:
         W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; all of one dtype (fp32, or fp64 on the reference and
-            CPU), no two in the same memory (tied weights). They are the only group: `add_param_group` raises.
+            CPU; 16 bits work, with moments of 16 bits too: keep fp32 master weights and autocast instead), no two in
+            the same memory (tied weights). They are the only group: `add_param_group` raises.
         lr, betas, eps: as in torch.optim.Adam.
         unit_norm_decoder: divide every decoder row by its norm after the update (rows of norm 0 stay 0).
         remove_parallel_grad: take the part of a decoder row's gradient that lies along the row out of it.
@@ -198,8 +199,8 @@ class SAEAdam(torch.optim.Optimizer):
         if not present:
             return None
         squares = torch.stack(torch._foreach_norm(present)).square().sum()
-        W_dec, dW_dec = self.parameters[2], gradients[2]
-        if self.remove_parallel_grad and dW_dec is not None:
+        if self.remove_parallel_grad and (dW_dec := gradients[2]) is not None:
+            W_dec = self.parameters[2].to(dW_dec.dtype)  # gradients of 16-bit parameters may come in fp32
             along = torch.einsum("fd,fd->f", dW_dec, W_dec)
             squared_norm = torch.einsum("fd,fd->f", W_dec, W_dec)
             squares -= torch.where(squared_norm > 0, along.square() / squared_norm, 0).sum()

@@ -419,6 +419,28 @@ def test_sae_backward(rim, monkeypatch, dtype, n, d, n_latents, k, segment, wide
     assert all(torch.equal(a, b) for a, b in zip(overwritten, again, strict=True))
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_rows_of_fillers_are_not_read(monkeypatch, wide):
+    """A token whose every value is 0 holds infinities and NaN: no encoder gradient sees them."""
+    if wide:
+        monkeypatch.setattr(backward, "_WIDEST_ROW", 0)
+    n, d, n_latents, k, segment = SHAPES[0]
+    torch.manual_seed(0)
+    values, indices = code(n, n_latents, k, torch.float32)
+    e, x, W = torch.randn(n, d), torch.randn(n, d), torch.randn(n_latents, d)
+    values[2], x[2] = 0, math.inf
+    x[2, 0] = math.nan
+    expected, actual = ([torch.zeros(n_latents, d), torch.zeros(n_latents), torch.zeros(n_latents, d)] for _ in "ab")
+    reference.sae_backward(e, x, values, indices, W, W, None, 0.3, *expected)
+    backward.sae_backward(e, x, values, indices, W, W, None, 0.3, *actual, segment=segment)
+    assert all(t.isfinite().all() for t in expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    arguments = torch.randn(n, k), values, indices, x, W, None
+    _, expected_dW, _ = reference.topk_encode_backward(*arguments, False, True)
+    _, dW, _ = backward.topk_encode_backward(*arguments, False, True, segment=segment)
+    torch.testing.assert_close(dW, expected_dW, rtol=1e-4, atol=1e-5)
+
+
 def test_segments_cover_the_workspace_bound():
     for entries, d in ((1, 1), (32768 * 64, 4096), (65536 * 32, 128), (1 << 31, 8192)):
         segment = backward.segment_length(entries, d)
