@@ -39,7 +39,7 @@ def run(
         str, typer.Option(help="Of encode, decode, backward, step, crossover; separated by spaces.")
     ] = " ".join((*GROUPS, "crossover")),
     out: Annotated[
-        Path | None, typer.Option(help="Result file; default benches/results/<machine>-<date>.json.")
+        Path | None, typer.Option(help="Result file; default benches/results/[quick/]<machine>-<date>.json.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every column.")] = 4,
     quick: Annotated[bool, typer.Option("--quick", help="The first shape only, fewer turns, default malloc.")] = False,
@@ -86,7 +86,8 @@ def run(
     show(result)
     if out is None:
         name = f"{machine.slug(result['machine'])}-{result['date'][:10]}"
-        out = results.RESULTS / f"{name}.json"
+        # Not beside the full results, of which the README shows the newest.
+        out = results.RESULTS / "quick" / f"{name}.json" if quick else results.RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwritten: {out}")
