@@ -30,9 +30,10 @@ struct DecodeArgs {
   const R* W;                // [F, d]
   const Compute<R>* b_dec;   // [d] or null
   const R* x;                // [N, d] or null: subtracted from the result
-  int64_t N, k, d;
+  int64_t N, k, d, F;
   R* out;                    // [N, d]
   Compute<R>* sq;            // [N] or null: ||out_n||^2 before rounding to R
+  std::atomic<bool>* refused;  // set where an index is not in [0, F); such tokens are left out
 };
 
 // Activations by latent: the hits of latent f are hits[offsets[f] .. offsets[f + 1]) in token order.

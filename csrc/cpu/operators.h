@@ -153,24 +153,27 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
 // Latents are numbered by 32 bits inside a candidate's key, tokens and slots inside a hit.
 constexpr int64_t kMost = int64_t{0xffffffff};
 
-// values and indices [N, k] with every index in [0, F).
-inline void check_codes(
-    const char* op, const Tensor& values, const Tensor& indices, ScalarType dtype, int64_t N, int64_t F) {
+// Every index in [0, F).
+inline void check_range(const char* op, const Tensor& indices, int64_t F) {
+  with_index_type(op, indices.scalar_type(), [&](auto type) {
+    using I = typename decltype(type)::type;
+    if (!all_in_range<I>(in<I>(indices), indices.numel(), F)) {
+      int64_t low = 0;
+      int64_t high = -1;
+      index_range<I>(in<I>(indices), indices.numel(), low, high);
+      STD_TORCH_CHECK(
+          false, op, ": indices must lie in [0, ", F, "), the rows of the weights; got ", low < 0 ? low : high);
+    }
+  });
+}
+
+// values and indices [N, k]; that every index is in [0, F) is checked by check_range, or by the kernel on its way.
+inline void check_codes(const char* op, const Tensor& values, const Tensor& indices, ScalarType dtype, int64_t N) {
   check_matrix(op, "indices", indices);
   const int64_t k = indices.size(1);
   check(op, "values", values, dtype, {N, k});
   check(op, "indices", indices, indices.scalar_type(), {N, k});
   STD_TORCH_CHECK(N < kMost && k < kMost, op, ": more than 2^32 tokens or values per token are not supported");
-  with_index_type(op, indices.scalar_type(), [&](auto type) {
-    using I = typename decltype(type)::type;
-    if (!all_in_range<I>(in<I>(indices), N * k, F)) {
-      int64_t low = 0;
-      int64_t high = -1;
-      index_range<I>(in<I>(indices), N * k, low, high);
-      STD_TORCH_CHECK(
-          false, op, ": indices must lie in [0, ", F, "), the rows of the weights; got ", low < 0 ? low : high);
-    }
-  });
 }
 
 inline Tensor fresh(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {

@@ -40,7 +40,8 @@ void sae_backward(
   check(op, "dW_enc", dW_enc, ct, {F, d});
   check(op, "db_enc", db_enc, ct, {F});
   check(op, "dW_dec", dW_dec, ct, {F, d});
-  check_codes(op, values, indices, dtype, N, F);
+  check_codes(op, values, indices, dtype, N);
+  check_range(op, indices, F);
   with_row_type(op, dtype, [&](auto type) {
     using R = typename decltype(type)::type;
     using T = Compute<R>;
@@ -104,7 +105,8 @@ Tensor sae_backward_adam(
   for (const auto& [name, tensor] : vectors) {
     check(op, name, tensor, dtype, {F});
   }
-  check_codes(op, values, indices, dtype, N, F);
+  check_codes(op, values, indices, dtype, N);
+  check_range(op, indices, F);
 
   std::vector<int64_t> position;
   if (extra_rows.has_value() && extra_rows->numel() > 0) {

@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "csc.h"
 #include "kernels.h"
 #include "simd.h"
 
@@ -119,6 +120,10 @@ void sparse_decode(const DecodeArgs<R, I>& a, const Threads& threads) {
     T* copies = scratch<T>(Slot::kRows, a.k);
     const int64_t end = std::min((task + 1) * kTokensPerTask, a.N);
     for (int64_t n = task * kTokensPerTask; n < end; ++n) {
+      if (!all_in_range(a.indices + n * a.k, a.k, a.F)) {
+        *a.refused = true;
+        continue;
+      }
       const T* values = copies;
       if constexpr (std::is_same_v<R, T>) {
         values = a.mask == nullptr ? a.values + n * a.k : copies;

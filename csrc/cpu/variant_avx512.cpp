@@ -13,6 +13,7 @@
 
 #include <immintrin.h>
 
+#include "csc.h"
 #include "kernels.h"
 #include "select.h"
 

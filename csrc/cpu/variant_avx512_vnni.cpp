@@ -16,6 +16,7 @@
 
 #include <immintrin.h>
 
+#include "csc.h"
 #include "kernels.h"
 #include "select.h"
 

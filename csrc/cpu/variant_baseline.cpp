@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "csc.h"
 #include "kernels.h"
 #include "select.h"
 
