@@ -17,7 +17,7 @@
 //
 // Predicted for N, d, F, k = 4096, 512, 16384, 32 in cycles per row: 131 k for the integer product (a quarter of fp32's
 // 524 k), 12 k for comparing, about 150 pairs of 110 in fp32, 4 k to select: 0.3 of the fp32 product. Measured: 0.34 of
-// the fp32 path (tests/test_screen.py counts the pairs, benches the time).
+// the fp32 path (`python -m benches --groups encode`, with and without REFUSAL_KERNELS_CPU_ISA=avx512).
 #pragma once
 
 #include "screen.h"

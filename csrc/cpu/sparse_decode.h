@@ -71,7 +71,9 @@ RK_INLINE Vec<Compute<R>> decode_span(
     if (a.x != nullptr) {
       sum[v] -= load(a.x + n * a.d + at);
     }
-    squares += sum[v] * sum[v];
+    if (a.sq != nullptr) {
+      squares += sum[v] * sum[v];
+    }
     store_narrow(a.out + n * a.d + at, sum[v]);
   }
   return squares;
@@ -95,7 +97,7 @@ void decode_row(const DecodeArgs<R, I>& a, int64_t n, const Compute<R>* values, 
   for (; c + L <= a.d; c += L) {
     squares += decode_span<R, I, 1>(a, n, values, next, c);
   }
-  T sq = horizontal_sum<T>(squares);
+  T sq = a.sq != nullptr ? horizontal_sum<T>(squares) : T(0);
   for (; c < a.d; ++c) {
     T sum = 0;
     for (int64_t j = 0; j < a.k; ++j) {
