@@ -401,11 +401,16 @@ def test_decode_names_what_is_wrong(backend, change, message):
     assert isinstance(caught.value, (ValueError, TypeError)), "a clear error, not one from the depths of a kernel"
 
 
-def test_torch_func_is_refused_in_plain_words():
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_torch_func_is_refused_in_plain_words(with_grad):
+    """Also under no_grad, where a raw operator would give jvp a tangent of zeros without a word."""
     encode = lambda x: rk.topk_encode(x, GOOD_ENCODE["W_enc"], GOOD_ENCODE["b_enc"], 2)[0].sum()  # noqa: E731
     decode = lambda v: rk.sparse_decode(v, torch.tensor([0, 1]), GOOD_DECODE["W_dec"]).sum()  # noqa: E731
+    jvp = lambda function: lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))  # noqa: E731
     for op, function in (("topk_encode", encode), ("sparse_decode", decode)):
-        for transform in (torch.func.grad, torch.func.vmap):
+        for transform in (torch.func.grad, torch.func.vmap, jvp):
             argument = torch.randn(4 if op == "topk_encode" else 2)
-            with pytest.raises(NotImplementedError, match=rf"{op}: the transforms of torch\.func \(grad, vmap"):
-                transform(function)(argument if transform is torch.func.grad else argument[None])
+            argument = argument[None] if transform is torch.func.vmap else argument
+            refused = pytest.raises(NotImplementedError, match=rf"{op}: the transforms of torch\.func \(grad, vmap")
+            with torch.set_grad_enabled(with_grad), refused:
+                transform(function)(argument)

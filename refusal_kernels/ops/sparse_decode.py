@@ -53,11 +53,7 @@ def sparse_decode(
     if values.dim() != 2:
         rows = shape.numel(), values.shape[-1]  # reshape(-1, 0) could not tell the number of rows
         values, indices = values.reshape(rows), indices.reshape(rows)
-    arguments = values.to(dtype), indices, W_dec.to(dtype), b_dec, backend
-    if torch.is_grad_enabled():
-        x_hat = apply("sparse_decode", _SparseDecode, *arguments)
-    else:
-        x_hat = _sparse_decode(*arguments)  # a Function would be a fifth of a call at d = 128
+    x_hat = apply("sparse_decode", _SparseDecode, values.to(dtype), indices, W_dec.to(dtype), b_dec, backend)
     return x_hat if len(shape) == 1 else x_hat.reshape(*shape, d)
 
 

@@ -58,10 +58,10 @@ def sae_step(
         x_hat = rk.sparse_decode(values, indices, W_dec, b_dec)
         mse = (x_hat - x).square().sum() / N
         loss = mse + aux_alpha * rk.aux_k_loss(x, x - x_hat, W_enc, b_enc, W_dec, b_dec, dead, k_aux)
-        (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does; frozen
-        parameters, which do not require a gradient, get none and are not stepped
-        optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then neither read nor
-        written
+        (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does
+        optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then left alone
+
+    Frozen parameters, which do not require a gradient, get none and are not stepped.
 
     Args:
         x: [..., d] activations, N >= 1 rows in all, because the mean over an empty batch is not defined (the operators
