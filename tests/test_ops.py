@@ -8,6 +8,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import refusal_kernels as rk
 
@@ -395,8 +397,12 @@ def test_encode_names_what_is_wrong(change, message):
         ({"W_dec": torch.randn(9, 4, device="meta")}, "one device; values is on cpu, W_dec is on meta"),
     ],
 )
-def test_decode_names_what_is_wrong(backend, change, message):
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=message) as caught:
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_decode_names_what_is_wrong(backend, with_grad, change, message):
+    with (
+        torch.set_grad_enabled(with_grad),
+        pytest.raises((ValueError, TypeError, RuntimeError), match=message) as caught,
+    ):
         rk.sparse_decode(**{**GOOD_DECODE, **change}, backend=backend)
     assert isinstance(caught.value, (ValueError, TypeError)), "a clear error, not one from the depths of a kernel"
 
@@ -405,12 +411,47 @@ def test_decode_names_what_is_wrong(backend, change, message):
 def test_torch_func_is_refused_in_plain_words(with_grad):
     """Also under no_grad, where a raw operator would give jvp a tangent of zeros without a word."""
     encode = lambda x: rk.topk_encode(x, GOOD_ENCODE["W_enc"], GOOD_ENCODE["b_enc"], 2)[0].sum()  # noqa: E731
-    decode = lambda v: rk.sparse_decode(v, torch.tensor([0, 1]), GOOD_DECODE["W_dec"]).sum()  # noqa: E731
+    decode = lambda v: rk.sparse_decode(v, torch.tensor([[0, 1]]), GOOD_DECODE["W_dec"]).sum()  # noqa: E731
     jvp = lambda function: lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))  # noqa: E731
     for op, function in (("topk_encode", encode), ("sparse_decode", decode)):
         for transform in (torch.func.grad, torch.func.vmap, jvp):
-            argument = torch.randn(4 if op == "topk_encode" else 2)
+            argument = torch.randn(4) if op == "topk_encode" else torch.randn(1, 2)
             argument = argument[None] if transform is torch.func.vmap else argument
             refused = pytest.raises(NotImplementedError, match=rf"{op}: the transforms of torch\.func \(grad, vmap")
             with torch.set_grad_enabled(with_grad), refused:
                 transform(function)(argument)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_decode_without_gradients_goes_straight_to_the_kernel_only_where_nobody_looks():
+    """The short way gives the same bits, and is not taken where a mode, a dual tensor or autocast wants more."""
+    W, b, indices, values = torch.randn(50, 24), torch.randn(24), torch.randint(0, 50, (7, 5)), torch.randn(7, 5)
+    want = rk.sparse_decode(values.clone().requires_grad_(), indices, W, b).detach()
+    with torch.no_grad():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            assert torch.equal(rk.sparse_decode(values, indices, W, b), want)
+        ran = {event.key for event in profile.key_averages()}
+        assert "refusal_kernels_cpu::sparse_decode" in ran
+        assert "refusal_kernels::sparse_decode" not in ran
+        with _Seen() as seen:
+            rk.sparse_decode(values, indices, W, b)
+        assert "refusal_kernels.sparse_decode.default" in seen.names
+        for odd in (values.t().contiguous().t(), values.double().float()[None].expand(2, 7, 5)[1]):
+            assert torch.equal(rk.sparse_decode(odd, indices, W.t().contiguous().t(), b.double()), want)
+        assert rk.sparse_decode(values.to_sparse().to_dense(), indices, W, b, backend="reference").shape == want.shape
+        assert rk.last_backend("sparse_decode") == "reference"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert rk.sparse_decode(values, indices, W, b).dtype == torch.bfloat16
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"jvp|forward"):
+            rk.sparse_decode(forward_ad.make_dual(values, values), indices, W, b)
+        with pytest.raises(ValueError, match="must be one of"):
+            rk.sparse_decode(values, indices, W, b, backend="fastest")

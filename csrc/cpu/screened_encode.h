@@ -31,7 +31,8 @@ constexpr int64_t kScreenSegment = 128;  // steps of 4 columns: 24 KiB of a pane
 constexpr int64_t kScreenChunkBytes = 128 << 10;  // 8-bit latents of a chunk: they and their fp32 rows share the second
 constexpr int64_t kScreenMostColumns = 65536;  // 127 * 255 * 65536 < 2^31
 constexpr int64_t kScreenLeastRows = 64;  // fewer do not pay for rounding W_enc
-constexpr int64_t kSeeds = 48;  // rows that are done first: a panel, in the first row part whatever the threads
+constexpr int64_t kPanel = 48;  // rows that one sweep over the latents serves: three vectors of 16
+constexpr int64_t kSeeds = kPanel;  // rows that are done first: a panel, in the first row part whatever the threads
 constexpr int64_t kSeedsWorthwhile = 4;  // panels of a call from which on they are
 constexpr int64_t kLeastSeeds = 16;
 constexpr int64_t kSampledLatents = 512;
@@ -96,14 +97,14 @@ struct BytePanels {
   RowBounds* bounds;  // [panel]
 
   int64_t lanes(int64_t panel) const {
-    return (std::min(rows - panel * 48, int64_t{48}) + 15) / 16 * 16;
+    return (std::min(rows - panel * kPanel, kPanel) + 15) / 16 * 16;
   }
 };
 
 inline BytePanels pack_rows(const float* centred, const int64_t* list, int64_t rows, int64_t d) {
   const int64_t stride = byte_stride(d);
-  BytePanels out{rows, (d + 3) / 4, (rows + 47) / 48, nullptr, nullptr};
-  out.packed = scratch<uint32_t>(Slot::kPackedX, out.count * 48 * out.steps);
+  BytePanels out{rows, (d + 3) / 4, (rows + kPanel - 1) / kPanel, nullptr, nullptr};
+  out.packed = scratch<uint32_t>(Slot::kPackedX, out.count * kPanel * out.steps);
   out.bounds = scratch<RowBounds>(Slot::kOrder, out.count);
   uint8_t* bytes = scratch<uint8_t>(Slot::kWide, 16 * stride);
   // What fp32 can add to a pair's value (a dot of two chains of d / 32 sums, see dots) and to its bound.
@@ -112,7 +113,7 @@ inline BytePanels pack_rows(const float* centred, const int64_t* list, int64_t r
     RowBounds& bounds = out.bounds[p];
     for (int64_t i = 0; i < out.lanes(p); i += 16) {
       for (int64_t j = 0; j < 16; ++j) {
-        const int64_t at = p * 48 + i + j;
+        const int64_t at = p * kPanel + i + j;
         Rounded row{0, 0, 0, 0};
         if (at < rows) {
           round_to_bytes(centred + list[at] * d, d, stride, 0x80, bytes + j * stride, row);
@@ -123,7 +124,7 @@ inline BytePanels pack_rows(const float* centred, const int64_t* list, int64_t r
         bounds.spread[i + j] = row.rest + rounding * row.norm;
         bounds.length[i + j] = row.norm + row.rest;
       }
-      interleave_words<16>(bytes, stride, out.steps, out.lanes(p), out.packed + p * 48 * out.steps + i);
+      interleave_words<16>(bytes, stride, out.steps, out.lanes(p), out.packed + p * kPanel * out.steps + i);
     }
   }
   return out;
@@ -184,7 +185,7 @@ inline void screen_panel(
     constexpr int64_t kTile = kTileLatents * V * 16;
     const int64_t tiles = segments > 1 ? (count + kTileLatents - 1) / kTileLatents : 1;
     int32_t* sums = scratch<int32_t>(Slot::kPartialSums, tiles * kTile);
-    const uint32_t* x = panels.packed + p * 48 * steps;
+    const uint32_t* x = panels.packed + p * kPanel * steps;
     for (int64_t from = 0; from < steps; from += segment) {
       const int64_t length = std::min(segment, steps - from);
       for (int64_t t = 0; t < count; t += kTileLatents) {
@@ -195,12 +196,12 @@ inline void screen_panel(
         if (from + length == steps) {
           suspect_pairs<V>(
               tile, panels.bounds[p], latents.bounds, t, std::min<int64_t>(kTileLatents, count - t), thresholds,
-              panels.rows - p * 48, first_latent + static_cast<uint32_t>(t), room, suspects, counts);
+              panels.rows - p * kPanel, first_latent + static_cast<uint32_t>(t), room, suspects, counts);
         }
       }
     }
   };
-  if (panels.lanes(p) == 48) {
+  if (panels.lanes(p) == kPanel) {
     run(std::integral_constant<int, 3>());
   } else if (panels.lanes(p) == 32) {
     run(std::integral_constant<int, 2>());
@@ -251,23 +252,23 @@ void screen_block(
     const EncodeArgs<R>& a, const ScreenRows& block, const int64_t* list, int64_t rows, int64_t begin, int64_t end,
     Candidates<float>& candidates) {
   const BytePanels panels = pack_rows(block.centred, list, rows, a.d);
-  for (int64_t i = 0; i < panels.count * 48; ++i) {
+  for (int64_t i = 0; i < panels.count * kPanel; ++i) {
     candidates.threshold[i] = i < rows ? block.start[list[i]] : 0;
     candidates.count[i] = 0;
   }
   const int64_t chunk = std::clamp<int64_t>(kScreenChunkBytes / a.d / kTileLatents * kTileLatents, kTileLatents, 1024);
   const int64_t room = chunk + 8;  // not a power of two, or the suspects of all rows would share a few cache sets
-  Suspect* suspects = scratch<Suspect>(Slot::kRows, 48 * room);
+  Suspect* suspects = scratch<Suspect>(Slot::kRows, kPanel * room);
   int64_t computed = 0;
   for (int64_t f = begin; f < end; f += chunk) {
     const int64_t here = std::min(chunk, end - f);
     const ByteLatents latents = pack_byte_latents(a, f, 1, here);
     for (int64_t p = 0; p < panels.count; ++p) {
-      int64_t counts[48] = {};
-      const int64_t first = p * 48;
+      int64_t counts[kPanel] = {};
+      const int64_t first = p * kPanel;
       screen_panel(
           panels, p, latents, here, static_cast<uint32_t>(f), candidates.threshold + first, room, suspects, counts);
-      for (int64_t i = 0; i < std::min<int64_t>(rows - first, 48); ++i) {
+      for (int64_t i = 0; i < std::min(rows - first, kPanel); ++i) {
         const float* x = block.centred + list[first + i] * a.d;
         computed += compute_suspects(a, x, suspects + i * room, counts[i], first + i, candidates);
       }
@@ -282,10 +283,10 @@ double share_left(const EncodeArgs<R>& a, const float* centred, const int64_t* l
   const int64_t sample = std::min(kSampledLatents, a.F);
   const BytePanels panels = pack_rows(centred, list, rows, a.d);
   const ByteLatents latents = pack_byte_latents(a, 0, a.F / sample, sample);
-  Suspect* suspects = scratch<Suspect>(Slot::kRows, 48 * sample);
+  Suspect* suspects = scratch<Suspect>(Slot::kRows, kPanel * sample);
   int64_t left = 0;
-  float kth[48] = {};
-  int64_t counts[48] = {};
+  float kth[kPanel] = {};
+  int64_t counts[kPanel] = {};
   for (int64_t i = 0; i < rows; ++i) {
     kth[i] = widen(a.values[(list[i] + 1) * a.k - 1]);
   }

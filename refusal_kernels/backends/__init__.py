@@ -136,6 +136,19 @@ def select(op: str, request: Request, backend: str | None, record_as: str | None
     return chosen
 
 
+def cpu_kernel(op: str, backend: str | None) -> Any | None:
+    """The C++ kernel of `op` where `select` would choose it for every supported dtype on the CPU, else None; recorded
+    like `select`. For calls so short that the choice itself would take as long as the kernel."""
+    if backend is None:
+        backend = _requested.name or os.environ.get(ENVIRONMENT_VARIABLE)
+    if backend and backend != "cpu" and backend != "auto":
+        return None
+    kernel = BACKENDS["cpu"].primitive(op)
+    if kernel is not None:
+        _last[op] = "cpu"
+    return kernel
+
+
 def _refusal(op: str, request: Request, backend: str | None) -> str:
     lines = [f"No back-end can run {op} as asked." if backend is None else f"The back-end {backend!r} cannot run {op}."]
     lines.append(f"  inputs: {request}")

@@ -36,6 +36,20 @@ def pick(
     return select(op, request, backend, record_as)
 
 
+def only_the_value_is_wanted() -> bool:
+    """Nothing around this call wants more of it than its result: no gradient mode, no transform of torch.func, no
+    forward-mode differentiation, no compiler, dispatch mode or autocast. What an attribute of torch that is missing
+    here would have said counts as a yes to something."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
 def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`. A Function that torch.func could transform would cost several times as much per call;
     torch's own refusal speaks of a static method, and nothing is asked on the way unless it comes."""
