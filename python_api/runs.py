@@ -36,6 +36,7 @@ from .checkpoint import CheckpointFolder, write_json
 from .documents import Document, Documents, open_documents
 from .evaluate import evaluate
 from .hooks import attention_geometry, o_proj_of, resolve_layers
+from .models import load_model
 from .plots import plot_training
 from .resume import check_resumable, read_checkpoint_header
 from .sae import TopKSAE
@@ -90,32 +91,6 @@ class SplitDocuments:
         for document in self._documents.epoch(epoch, start):
             held_out = self._divided and is_held_out(document)
             yield document if document and held_out == self._held_out else ""
-
-
-def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
-    """(model in eval mode without gradients, tokenizer). ValueError in one line when the name cannot be loaded."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    name = config.model
-    if name == "builtin":
-        from . import builtin_model
-
-        name = str(builtin_model.path())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if "trust_remote_code=True" in str(error):
-            raise ValueError(
-                f"cannot load the model {config.model!r}: it comes with Python code of its own, which is run only with "
-                "trust_remote_code (--trust-remote-code); read that code first"
-            ) from error
-        hint = "expected 'builtin', a folder with config.json, weights and tokenizer files, or the name of a hub model"
-        raise ValueError(f"cannot load the model {config.model!r}: {hint} ({_one_line(error)})") from error
-    model.requires_grad_(False)
-    return model.eval().to(config.resolved_device()), tokenizer
 
 
 def token_stream(config: TrainConfig, tokenizer: Any, *, held_out: bool) -> TokenStream:
@@ -185,7 +160,9 @@ def train_sae(
     if checkpoint is not None:
         config = replace(config, layers=config.layers or saved_config(out).layers)
         check_resumable(config, checkpoint)
-    model, tokenizer = load_model(config)
+    model, tokenizer = load_model(
+        config.model, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+    )
     geometry = attention_geometry(model)
     if config.loss_after is not None and config.loss_after not in tokenizer.get_vocab():
         raise ValueError(f"loss_after must be a token of the model's tokenizer; got {config.loss_after!r}")
@@ -382,7 +359,3 @@ def _versions() -> dict[str, str]:
 
 def _bytes(n: float) -> str:
     return f"{n / 2**20:,.0f} MiB" if n < 2**30 else f"{n / 2**30:,.1f} GiB"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .models import resolve_device
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # The annotations of TrainConfig's plain fields, and what a value may be: a config may come from a file.
@@ -195,16 +197,7 @@ class TrainConfig:
 
     def resolved_device(self) -> torch.device:
         """The device that `device` means on this machine; ValueError where there is none such."""
-        device = self._parsed_device()
-        if device is None:
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {self.device!r} was asked for, but this PyTorch sees no GPU; use --device cpu")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device {self.device!r} was asked for; this PyTorch sees {torch.cuda.device_count()} GPUs"
-            )
-        return device
+        return resolve_device(self.device)
 
     def _parsed_device(self) -> torch.device | None:
         # Whether the machine has it is asked later: a run's settings can be read on another one.

@@ -9,6 +9,8 @@ them, and `refusal_kernels.python_api` (SAE, capture, training, command line) by
 """
 
 from .backends import BackendError, last_backend, use_backend
+from .ops.orthonormal_basis import orthonormal_basis
+from .ops.project_out import ProjectionPlan, project_out
 from .ops.sparse_decode import sparse_decode
 from .ops.topk_encode import topk_encode
 from .training.auxk import aux_k_loss
@@ -21,10 +23,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "DeadLatents",
+    "ProjectionPlan",
     "SAEAdam",
     "SAEStepOutput",
     "aux_k_loss",
     "last_backend",
+    "orthonormal_basis",
+    "project_out",
     "sae_step",
     "sparse_decode",
     "topk_encode",

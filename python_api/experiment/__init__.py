@@ -1,0 +1,1 @@
+"""The whole comparison: every method, its controls, the table and the report."""

@@ -1,0 +1,1 @@
+"""Which directions carry refusal: latents by gradient attribution, bases from several sources, a pre-flight check."""

@@ -1,0 +1,1 @@
+"""Which heads carry hallucination and refusal, and what turning them does to both."""

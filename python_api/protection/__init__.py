@@ -1,0 +1,1 @@
+"""Fine-tuning that leaves chosen directions alone: sites, modes, audit, callback."""

@@ -1,0 +1,1 @@
+"""Judging answers: refusals by keyword lists, guard models, rubrics, multiple choice; with intervals."""
