@@ -63,6 +63,9 @@ class Chat:
     Args:
         tokenizer: of transformers.
         system: a system message before every prompt, or None.
+
+    Raises:
+        ValueError: a system message for a tokenizer without a template, or with one that does not take it (Gemma's).
     """
 
     def __init__(self, tokenizer: Any, system: str | None = None) -> None:
@@ -81,10 +84,7 @@ class Chat:
         eos = getattr(self.tokenizer, "eos_token", None) or ""
         if not self.has_template:
             return "", eos
-        asked = self._messages("question")
-        whole = str(
-            self.tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": _MARK}], tokenize=False)
-        )
+        whole = self._apply([*self._messages("question"), {"role": "assistant", "content": _MARK}])
         opened = self.render("question")
         if not whole.startswith(opened) or whole.count(_MARK) != 1:
             return "", eos  # a template that treats finished answers otherwise (Qwen3 drops the thinking)
@@ -95,9 +95,16 @@ class Chat:
         """The text that the model continues with its answer."""
         if not self.has_template:
             return f"{getattr(self.tokenizer, 'bos_token', None) or ''}{prompt}\n"
-        return str(
-            self.tokenizer.apply_chat_template(self._messages(prompt), tokenize=False, add_generation_prompt=True)
-        )
+        return self._apply(self._messages(prompt), add_generation_prompt=True)
+
+    def _apply(self, messages: list[dict[str, str]], **options: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except TemplateError as error:
+            what = "prompt" if self.system is None else "system"
+            raise ValueError(f"{what}: the tokenizer's chat template does not take it ({error})") from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -121,6 +128,17 @@ class Chat:
             if (token := getattr(self.tokenizer, name, None)) is not None:
                 return int(token)
         return 0
+
+    def stop_ids(self, model: Any) -> list[int]:
+        """The tokens that end an answer: those of the model's generation settings, EOS, and the template's end of
+        turn, which a folder without generation_config.json does not know."""
+        stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ids = set(stops if isinstance(stops, list) else [] if stops is None else [stops])
+        if (eos := getattr(self.tokenizer, "eos_token_id", None)) is not None:
+            ids.add(int(eos))
+        if len(closing := self._ids(self._after.strip())) == 1:
+            ids.add(closing[0])
+        return sorted(ids)
 
     def batch(self, encoded: Sequence[Encoded]) -> AnswerBatch:
         """Right-padded, on the CPU."""
@@ -218,6 +236,7 @@ def generate(
     out = [""] * len(prompts)
     lengths = [len(chat.encode_prompt(prompt)) for prompt in prompts]
     bar = tqdm(total=len(prompts), desc=progress, unit="answer", disable=progress is None, leave=False)
+    stops = chat.stop_ids(model)
     training = model.training
     model.eval()
     try:
@@ -225,7 +244,11 @@ def generate(
             batch = {name: t.to(device_of(model)) for name, t in chat.prompt_batch([prompts[i] for i in rows]).items()}
             del batch["position_ids"]  # generate makes its own from the mask
             ids = model.generate(  # type: ignore[operator]
-                **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=chat.pad_id
+                **batch,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=chat.pad_id,
+                eos_token_id=stops or None,
             )
             texts = chat.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts, strict=True):

@@ -107,6 +107,11 @@ def set_hash(records: Sequence[Any]) -> str:
     return content_hash(*(record if isinstance(record, str) else repr(record) for record in records))
 
 
+def normal(text: str) -> str:
+    """A prompt without case, punctuation at its ends and repeated spaces: what is compared to find copies."""
+    return " ".join(text.lower().split()).strip(" .?!\"'")
+
+
 class OverlapError(ValueError):
     """Calibration and test prompts share prompts; the message lists them."""
 
@@ -117,9 +122,6 @@ def check_disjoint(calibration: Iterable[Any], test: Iterable[Any], what: str = 
     25 of StrongREJECT's 313 prompts are AdvBench goals: a direction found on the one and tested on the other would be
     tested on its own training data. Raises OverlapError with every shared prompt.
     """
-
-    def normal(text: str) -> str:
-        return " ".join(text.lower().split()).strip(" .?!\"'")
 
     known = {normal(prompt) for prompt in prompts_of(calibration)}
     shared = list(dict.fromkeys(prompt for prompt in prompts_of(test) if normal(prompt) in known))
