@@ -10,7 +10,8 @@ them, and `refusal_kernels.python_api` (SAE, capture, training, command line) by
 
 from .backends import BackendError, last_backend, use_backend
 from .ops.orthonormal_basis import orthonormal_basis
-from .ops.project_out import ProjectionPlan, project_out
+from .ops.project_out import project_out
+from .ops.projection_plan import ProjectionPlan
 from .ops.sparse_decode import sparse_decode
 from .ops.topk_encode import topk_encode
 from .training.auxk import aux_k_loss

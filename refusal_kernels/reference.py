@@ -7,6 +7,7 @@ an infinity or NaN into every other row, because 0 * inf is NaN. Shapes: x [N, d
 b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs) and rounded once at the end.
 
 Source of the equations: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.2.
+The projection at the end takes tensors of any shape and strides.
 """
 
 from __future__ import annotations
@@ -168,3 +169,36 @@ def adam_rows(
         norm = updated.square().sum(1, keepdim=True).sqrt()
         updated = updated / torch.where(norm > 0, norm, 1)
     W.copy_(updated)
+
+
+def coefficients(g: Tensor, dim: int, basis: Tensor) -> Tensor:
+    """[..., r]: U^T g for each fibre of g along dim; basis [n, r] sets the dtype."""
+    return g.movedim(dim, -1).to(basis.dtype) @ basis
+
+
+def project_out(g: Tensor, dim: int, basis: Tensor, strength: float, against: Tensor | None) -> Tensor:
+    """g - strength * (component of g along span(basis) in dimension dim), contiguous, in g's dtype.
+
+    basis [n, r] in the compute dtype. `against` [r] is U^T v for a direction v, or None: with it, only fibres whose
+    component has a negative inner product with v are changed.
+    """
+    c = coefficients(g, dim, basis)
+    if against is not None:
+        c = c.masked_fill(~(c @ against < 0).unsqueeze(-1), 0)
+    component = (c @ basis.T).movedim(-1, dim)
+    return (g.to(basis.dtype) - strength * component).to(g.dtype).contiguous()
+
+
+def project_out_grouped(
+    tensors: list[Tensor],
+    dims: list[int],
+    bases: list[Tensor],
+    basis_of: list[int],
+    against: list[Tensor],
+    against_of: list[int],
+    strength: float,
+) -> None:
+    """`project_out` of every tensor, in place: the i-th with bases[basis_of[i]] and against[against_of[i]], or without
+    a direction where against_of[i] is -1."""
+    for tensor, dim, b, a in zip(tensors, dims, basis_of, against_of, strict=True):
+        tensor.copy_(project_out(tensor, dim, bases[b], strength, None if a < 0 else against[a]))

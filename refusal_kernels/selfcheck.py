@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import SAEAdam, last_backend, sae_step, sparse_decode, topk_encode
+from . import ProjectionPlan, SAEAdam, last_backend, project_out, sae_step, sparse_decode, topk_encode
 
 N, D, F, K = 24, 40, 96, 7
 TOLERANCE = 1e-4
@@ -107,6 +107,27 @@ def _sae_adam(backend: str, device: str, dtype: torch.dtype) -> Results:
     return dict(zip(("W_enc", "b_enc", "W_dec", "b_dec"), parameters, strict=True))
 
 
+def _project_out(backend: str, device: str, dtype: torch.dtype) -> Results:
+    """Both sides, all fibres and opposing ones only, in one call each and as a plan. The basis holds halves (Hadamard
+    matrices on the diagonal), so that every sum is exact here as well."""
+    hadamard = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
+    basis = torch.block_diag(*[hadamard] * (D // 4))[:, 1 : D // 2].to(device, dtype).contiguous().requires_grad_()
+    direction = _integers(D, seed=14, device=device, dtype=dtype)
+    results: Results = {}
+    for dim, against in ((0, None), (1, direction)):
+        g = _leaf(*((D, N) if dim == 0 else (N, D)), seed=15 + dim, device=device, dtype=dtype)
+        projected = project_out(g, basis, dim, 0.5, only_against=against, backend=backend)
+        basis.grad = None
+        projected.backward(_integers(*g.shape, seed=17, device=device, dtype=dtype))
+        results |= {f"projection in dimension {dim}": projected, f"gradient in dimension {dim}": g.grad}  # type: ignore[dict-item]
+        results[f"gradient of basis in dimension {dim}"] = basis.grad  # type: ignore[assignment]
+        planned, flat = g.detach().clone(), g.detach().select(1 - dim, 3).clone()
+        entries = [(planned, basis, dim), (flat, basis, 0)]
+        ProjectionPlan(entries, 0.5, only_against=[against, None], backend=backend).apply_()
+        results |= {f"plan in dimension {dim}": planned, f"vector in dimension {dim}": flat}
+    return results
+
+
 def _gradients(**leaves: Tensor) -> Results:
     return {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -117,4 +138,5 @@ CHECKS: dict[str, tuple[Callable[[str, str, torch.dtype], Results], bool, tuple[
     "sparse_decode": (_sparse_decode, True, ("sparse_decode", "sparse_decode_backward")),
     "sae_step": (_sae_step, False, ("sae_step",)),
     "sae_adam": (_sae_adam, False, ("sae_adam",)),
+    "project_out": (_project_out, True, ("project_out", "project_out_backward")),
 }

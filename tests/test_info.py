@@ -82,6 +82,8 @@ def test_check_of_an_unknown_operator_names_the_known_ones() -> None:
         ("topk_encode_backward", "topk_encode", "gradient of"),
         ("sae_backward", "sae_step", "gradient of"),
         ("adam_rows", "sae_adam", "W_enc"),
+        ("project_out", "project_out", "projection"),
+        ("project_out_grouped", "project_out", "plan"),
     ],
 )
 def test_a_kernel_that_computes_nonsense_is_found(
@@ -96,8 +98,9 @@ def test_a_kernel_that_computes_nonsense_is_found(
 
     def wrong(*args):
         out = right(*args)
-        if out is None:  # in place: adam_rows changes its first argument, sae_backward its last ones
-            out_tensors = args[:1] if primitive == "adam_rows" else args[8:]
+        if out is None:  # in place: sae_backward changes its last arguments, the others their first (one or a list)
+            out_tensors = args[8:] if primitive == "sae_backward" else args[:1]
+            out_tensors = out_tensors[0] if isinstance(out_tensors[0], list) else out_tensors
         else:
             out_tensors = out if isinstance(out, tuple) else (out,)
         for tensor in out_tensors:

@@ -19,6 +19,8 @@ RK_ROWS(double)
 RK_ROWS(BF16)
 RK_ROWS(F16)
 #undef RK_ROWS
+template void project_out<float>(const ProjectionArgs<float>&, const Threads&);
+template void project_out<double>(const ProjectionArgs<double>&, const Threads&);
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -122,6 +122,35 @@ struct AdamRowsArgs {
   bool remove_parallel, unit_norm;
 };
 
+enum class Element { kCompute, kBFloat16, kHalf };  // what a tensor of compute type T holds: T itself, or less
+
+// A dimension of a tensor that is not projected.
+struct ProjectionAxis {
+  int64_t size, from_stride, to_stride;
+};
+
+// The fibres of one tensor along the projected dimension. Entries with the same basis stand one after the other.
+template <class T>
+struct ProjectionEntry {
+  Element type;
+  const void* from;
+  void* to;                  // the same tensor in place, or another one without a common element
+  int64_t from_stride, to_stride;  // of the projected dimension
+  const ProjectionAxis* other;
+  int64_t others;
+  int64_t fibres;            // product of the other dimensions; not 0
+  const T* basis;            // [n, r]
+  int64_t n, r;              // not 0
+  const T* against;          // [r] or null: only fibres whose coefficients have a negative product with it
+};
+
+template <class T>
+struct ProjectionArgs {
+  const ProjectionEntry<T>* entries;
+  int64_t count;
+  T strength;
+};
+
 // What the latest topk_encode of the process did with its screen (screened_encode.h); all 0 without one.
 struct EncodeCounts {
   std::atomic<int64_t> screened{0};  // rows
@@ -146,6 +175,8 @@ inline EncodeCounts encode_counts;
   void sae_backward_adam(const SaeAdamArgs<R>&, const Threads&); \
   template <class R>                                             \
   void adam_rows(const AdamRowsArgs<R>&, const Threads&);        \
+  template <class T>                                             \
+  void project_out(const ProjectionArgs<T>&, const Threads&);    \
   }
 
 RK_DECLARE_KERNELS(baseline)

@@ -2,7 +2,7 @@
 // tensors to the raw-pointer kernels of the instruction set in use.
 //
 // Built on LibTorch's stable ABI (2.10), so one binary serves every later torch. The operators are the raw primitives:
-// two-dimensional contiguous CPU tensors, no autograd; rows in fp32, fp64, bf16 or fp16, biases in the compute dtype
+// two-dimensional contiguous CPU tensors (the projection's of any shape and strides), no autograd; rows in fp32, fp64, bf16 or fp16, biases in the compute dtype
 // (fp64 for fp64, else fp32), parameters to update and their optimiser state in the row dtype. Everything is checked
 // before anything is written.
 #pragma once

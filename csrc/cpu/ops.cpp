@@ -1,5 +1,5 @@
 // torch.ops.refusal_kernels_cpu.*: all schemas, and the operators without tensors. The others are implemented in
-// ops_codes.cpp and ops_training.cpp.
+// ops_codes.cpp, ops_training.cpp and ops_projection.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -56,6 +56,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refusal_kernels_cpu, m) {
       "adam_rows(Tensor(a!) W, Tensor g, Tensor(b!) m, Tensor(c!) v, float lr, float beta1, float beta2, float eps, "
       "float bias_correction1, float bias_correction2, Tensor? grad_scale, bool remove_parallel, bool unit_norm) -> "
       "()");
+  m.def("project_out(Tensor g, int dim, Tensor basis, float strength, Tensor? against=None) -> Tensor");
+  m.def(
+      "project_out_grouped(Tensor(a!)[] tensors, int[] dims, Tensor[] bases, int[] basis_of, Tensor[] against, "
+      "int[] against_of, float strength) -> ()");
   // The instruction set in use ("default", "avx2", "avx512", "avx512_vnni"); another one of this processor's; scratch
   // held by all threads; what the latest topk_encode's 8-bit screen did: rows screened, their pairs computed in fp32,
   // rows repeated.

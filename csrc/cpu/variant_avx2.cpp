@@ -10,6 +10,7 @@
 #include <functional>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 #include <immintrin.h>
 
@@ -30,6 +31,7 @@
 #include "sparse_decode.h"
 #include "adam.h"
 #include "backward.h"
+#include "projection.h"
 #include "instantiate.h"
 
 #if defined(__clang__)

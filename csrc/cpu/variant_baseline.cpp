@@ -9,6 +9,7 @@
 #include <functional>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -25,4 +26,5 @@
 #include "sparse_decode.h"
 #include "adam.h"
 #include "backward.h"
+#include "projection.h"
 #include "instantiate.h"

@@ -50,7 +50,11 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "sparse_decode": ("sparse_decode", "sparse_decode_backward"),
     "sae_step": ("topk_encode", "decode_residual", "sae_backward"),
     "sae_adam": ("adam_rows",),
+    "project_out": ("project_out", "project_out_grouped"),
 }
+
+# Backward passes, which are recorded by names of their own.
+BACKWARD = {"topk_encode_backward", "sparse_decode_backward", "project_out_backward"}
 
 NAMES = (*BACKENDS, "auto")
 
@@ -96,8 +100,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def last_backend(op: str) -> str | None:
     """The back-end that ran the last call of an operator in this process ("topk_encode", "sparse_decode", "sae_step",
-    "sae_adam", and "topk_encode_backward", "sparse_decode_backward" for the backward passes); None before its first."""
-    known = set(OPERATORS) | {"topk_encode_backward", "sparse_decode_backward"}
+    "sae_adam", "project_out", which `ProjectionPlan.apply_` counts as, and "topk_encode_backward",
+    "sparse_decode_backward", "project_out_backward" for the backward passes); None before its first."""
+    known = set(OPERATORS) | BACKWARD
     if op not in known:
         raise ValueError(f"last_backend: op must be one of {', '.join(sorted(known))}; got {op!r}")
     return _last.get(op)
@@ -129,7 +134,7 @@ def select(op: str, request: Request, backend: str | None, record_as: str | None
             _warned.add(op)
             reasons = "; ".join(BACKENDS["triton"].not_supported_reasons(op, request))
             warnings.warn(
-                f"{op} runs on the plain PyTorch reference on a CUDA device, slowly and with [N, F] buffers: {reasons}",
+                f"{op} runs on the plain PyTorch reference on a CUDA device, slowly and with large buffers: {reasons}",
                 stacklevel=3,
             )
     _last[record_as or op] = chosen.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,8 @@ class Request:
 
 class Backend:
     """Base of all back-ends. The primitives are methods with the signatures of `refusal_kernels.reference`; they take
-    contiguous 2-D tensors on one device, checked by the caller, and know nothing of autograd."""
+    contiguous 2-D tensors on one device (the projection's any shape and strides), checked by the caller, and know
+    nothing of autograd."""
 
     name: str = ""
     device_types: tuple[str, ...] = ()
@@ -42,6 +45,13 @@ class Backend:
     def primitive(self, name: str) -> Any | None:
         """The callable of a primitive, or None where this back-end has none."""
         return getattr(self, name, None)
+
+    def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
+        """A call of `project_out_grouped` with these arguments that can be made many times; what depends on them alone
+        is done here, once."""
+        primitive = self.primitive("project_out_grouped")
+        assert primitive is not None, f"{self.name} has no project_out_grouped, which not_supported_reasons says first"
+        return functools.partial(primitive, *arguments)
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         """Every reason why `op` cannot run here for `request`; empty when it can."""

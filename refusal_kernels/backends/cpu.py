@@ -18,6 +18,8 @@ _PRIMITIVES = (
     "sae_backward",
     "sae_backward_adam",
     "adam_rows",
+    "project_out",
+    "project_out_grouped",
 )
 
 

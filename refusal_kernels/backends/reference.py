@@ -19,6 +19,8 @@ class ReferenceBackend(Backend):
     decode_residual = staticmethod(reference.decode_residual)
     sae_backward = staticmethod(reference.sae_backward)
     adam_rows = staticmethod(reference.adam_rows)
+    project_out = staticmethod(reference.project_out)
+    project_out_grouped = staticmethod(reference.project_out_grouped)
 
     def unavailable_reason(self) -> str | None:
         return None

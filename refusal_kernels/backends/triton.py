@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 from .base import Backend, Request
@@ -18,6 +19,8 @@ _MODULES = {
     "sae_backward": "backward",
     "sae_backward_adam": "sae_adam",
     "adam_rows": "adam",
+    "project_out": "projection",
+    "project_out_grouped": "projection",
 }
 
 
@@ -60,6 +63,10 @@ class TritonBackend(Backend):
         if name not in _MODULES:
             raise AttributeError(f"the triton back-end has no primitive {name!r}")
         return _primitive(name)
+
+    def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
+        module = importlib.import_module("refusal_kernels.triton_kernels.projection")
+        return module.prepare_projection(*arguments)
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         if (unavailable := self.unavailable_reason()) is not None:

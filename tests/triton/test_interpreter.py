@@ -17,7 +17,7 @@ from torch import Tensor
 
 import refusal_kernels as rk
 from refusal_kernels import reference
-from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode, sae_adam
+from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode, projection, sae_adam
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -588,3 +588,77 @@ def test_training_step_runs_on_triton(short_lists, max_grad_norm):
         )
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# (shape, dim, r): both sides; more than one slab; r beyond one tile of columns; 64 fibres a block; a vector; dimensions
+# that one descriptor cannot hold; nothing.
+PROJECTIONS = [
+    ((70, 16), 0, 8),
+    ((5, 2100), 1, 20),
+    ((130, 64), 0, 17),
+    ((90,), 0, 70),
+    ((3, 33, 5), 1, 33),
+    ((0, 9), 1, 2),
+    ((4, 9), 1, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "dim", "r"), PROJECTIONS)
+def test_project_out(rim, dtype, shape, dim, r):
+    torch.manual_seed(8)
+    g, u = torch.randn(shape).to(dtype), torch.linalg.qr(torch.randn(shape[dim], r))[0].contiguous()
+    u = rim(u) if r else u
+    for against in (None, torch.randn(r)):
+        exact, own = (
+            reference.project_out(g.to(t), dim, u.to(t), 0.7, against if against is None else against.to(t))
+            for t in (torch.float64, torch.float32)
+        )
+        out = projection.project_out(rim(g), dim, u, 0.7, against)
+        close(out, exact, own.to(dtype), 2)
+        inside = rim(g)
+        directions = ([], [-1]) if against is None else ([rim(against)], [0])
+        projection.project_out_grouped([inside], [dim], [u], [0], *directions, 0.7)
+        assert torch.equal(inside, out)
+
+
+def test_projection_plan_of_any_mix_of_tensors(rim):
+    """Shapes, sides, dtypes, strides and directions of all kinds in one table; shared bases; two calls."""
+    torch.manual_seed(9)
+    u, v = torch.linalg.qr(torch.randn(40, 5))[0].contiguous(), torch.linalg.qr(torch.randn(2100, 3))[0].contiguous()
+    tensors = [torch.randn(40, 16), torch.randn(6, 40).half(), torch.randn(2100, 4), torch.randn(2, 3, 40, 5, 2)]
+    strided = rim(torch.randn(33, 80))[:, ::2]
+    entries = [(rim(tensors[0]), u, 0), (rim(tensors[1]), u, 1), (rim(tensors[2]), v, 0), (strided, u, 1)]
+    entries.append((rim(tensors[3]).permute(3, 0, 2, 4, 1), u, 2))  # three loose dimensions beside the projected one
+    directions = [None, torch.randn(40), None, torch.randn(40), None]
+    plan = rk.ProjectionPlan(entries, 0.5, only_against=directions, backend="triton")
+    for _ in range(2):
+        before = [t.clone() for t, _, _ in entries]
+        plan.apply_()
+        assert rk.last_backend("project_out") == "triton"
+        for (tensor, basis, dim), old, direction in zip(entries, before, directions, strict=True):
+            alone = rk.project_out(old, basis, dim, 0.5, only_against=direction, backend="triton")
+            assert torch.equal(tensor, alone)
+            exact = reference.project_out(
+                old.double(),
+                dim,
+                basis.double(),
+                0.5,
+                None if direction is None else direction.double() @ basis.double(),
+            )
+            torch.testing.assert_close(
+                tensor.double(), exact, rtol=0, atol=1e-5 if tensor.dtype != torch.half else 4e-3
+            )
+
+
+def test_projection_gradients():
+    torch.manual_seed(10)
+    g, u, direction = torch.randn(6, 40), torch.linalg.qr(torch.randn(40, 5))[0], torch.randn(40)
+    gradients = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (g, u)]
+        rk.project_out(*leaves, 1, 0.7, only_against=direction, backend=backend).square().sum().backward()
+        assert rk.last_backend("project_out_backward") == backend
+        gradients.append([t.grad for t in leaves])
+    for actual, exact, own in zip(*gradients, strict=True):
+        close(actual, exact, own, 3)

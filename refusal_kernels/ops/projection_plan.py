@@ -1,0 +1,258 @@
+"""ProjectionPlan: project_out of hundreds of tensors in place, as one grouped call per device.
+
+One small product after the other leaves a machine idle: a LoRA matrix of rank 16 has 16 fibres, and its basis, not
+the matrix, is most of what must be read. The plan looks at everything that stays the same once (shapes, strides,
+overlaps, orthonormality, which tensors share a basis), so that a call is one operator per device and back-end: a
+shared basis is then read once for all of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, requested_backend
+from ..checks import compute_dtype, describe
+from .basis_checks import check_orthonormal, check_projection, check_strength, version
+from .library import without_autocast
+from .overlaps import check_no_overlaps, check_writable
+from .project_out import against_coefficients, pick_projection
+
+OP = "ProjectionPlan"
+
+
+@dataclass
+class _Basis:
+    """A basis as given, the version that was checked, and its form for the kernels: the compute dtype, contiguous."""
+
+    source: Tensor
+    name: str
+    checked: int | None
+    ready: Tensor
+
+
+@dataclass
+class _Direction:
+    """U^T v [r] of a direction v and a basis, and the versions of both that it was computed from."""
+
+    source: Tensor
+    basis: int
+    versions: tuple[int | None, int | None]
+    ready: Tensor
+
+
+@dataclass(frozen=True)
+class _Entry:
+    tensor: Tensor
+    dim: int
+    basis: int
+    direction: int  # -1: none
+
+
+class ProjectionPlan:
+    """Takes the component along a subspace out of many tensors, in place, as one grouped call per device.
+
+    Equivalent to::
+
+        for (tensor, basis, dim), direction in zip(entries, only_against or [None] * len(entries)):
+            tensor.copy_(rk.project_out(tensor, basis, dim, strength, only_against=direction))
+
+    The plan holds the tensors it is given: `apply_` sees every later in-place change of them, and a parameter whose
+    `.data` was replaced by a tensor of the same shape, dtype and device. A `.grad` that is set to None and created
+    anew is another tensor; build the plan anew then, or keep it (`zero_grad(set_to_none=False)`). Bases and directions
+    are held as well. One that was changed in place is looked at again, bases measured included.
+
+    Args:
+        entries: (tensor, basis, dim) each. tensor: any shape of at least one dimension, any strides in which every
+            element has its own place, fp32, bf16, fp16 (fp64 on the reference and CPU back-ends), any device; leaf
+            parameters are fine, as `apply_` runs without gradients. basis: [tensor.shape[dim], r] with orthonormal
+            columns on the same device. Entries that give the same basis share it: it is checked once and, on the CPU,
+            read once for all of them. dim may be negative. Empty tensors and r = 0 are allowed.
+        strength: in [0, 1], for all entries.
+        only_against: None, or one direction [tensor.shape[dim]] or None per entry, as in `project_out`.
+        backend: "reference", "cpu", "triton", "auto", or None for the choice of `use_backend` / environment in force
+            when `apply_` is called.
+
+    Raises:
+        ValueError: an entry has a wrong shape, dtype or device, cannot be written to element by element (expanded), a
+            basis is not orthonormal, or two entries share memory; the message names the entries by index.
+        TypeError: an argument is not of the kind described.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[Tensor, Tensor, int]],
+        strength: float = 1.0,
+        *,
+        only_against: Sequence[Tensor | None] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.strength = check_strength(OP, strength)
+        self._backend = requested_backend(backend) if backend is not None else None
+        self._bases: list[_Basis] = []
+        self._directions: list[_Direction] = []
+        self._entries: list[_Entry] = []
+        self._basis_index: dict[Any, int] = {}
+        self._direction_index: dict[Any, int] = {}
+        listed = _listed(entries)
+        directions = _directions(only_against, len(listed))
+        for i, ((tensor, basis, dim), direction) in enumerate(zip(listed, directions, strict=True)):
+            self._add(i, tensor, basis, dim, direction)
+        check_no_overlaps(
+            OP,
+            {f"entries[{i}]": e.tensor for i, e in enumerate(self._entries)},
+            {b.name: b.source for b in self._bases},
+        )
+        self._places = [_place(e.tensor) for e in self._entries]
+        self._prepared: tuple[Any, list[tuple[torch.device, Callable[[], None]]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        numbers = sum(e.tensor.numel() for e in self._entries)
+        return (
+            f"ProjectionPlan({len(self)} tensors, {len(self._bases)} bases, {numbers} numbers, "
+            f"strength={self.strength:g})"
+        )
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Projects every tensor in place.
+
+        Raises ValueError when a basis was changed and is no longer orthonormal, or a tensor was given other storage
+        of another shape, and BackendError when an explicitly requested back-end cannot run an entry; nothing is
+        changed then. On a GPU it does not wait for the device unless a basis was changed. Under torch.compile it is
+        a graph break.
+        """
+        requested = self._backend or requested_backend(None)
+        kinds = {(e.tensor.device, e.tensor.dtype): e.tensor for e in self._entries}
+        chosen = {kind: pick_projection(tensor, requested) for kind, tensor in kinds.items()}
+        self._refresh()
+        choice = tuple(backend.name for backend in chosen.values())
+        if self._prepared is None or self._prepared[0] != choice:
+            self._prepared = choice, self._prepare(chosen)
+        for device, run in self._prepared[1]:
+            with without_autocast(device.type):
+                run()
+        changed = [e.tensor for e in self._entries if not e.tensor.is_inference()]
+        if changed:
+            torch.autograd.graph.increment_version(changed)
+
+    def _add(self, i: int, tensor: Any, basis: Any, dim: Any, direction: Any) -> None:
+        prefix = f"entries[{i}] "
+        dim = check_projection(OP, tensor, basis, dim, direction, prefix)
+        check_writable(OP, f"{prefix}tensor", tensor)
+        dtype = compute_dtype(tensor.dtype)
+        at = self._basis(f"{prefix}basis", basis, dtype)
+        self._entries.append(_Entry(tensor, dim, at, -1 if direction is None else self._direction(direction, at)))
+
+    def _basis(self, name: str, basis: Tensor, dtype: torch.dtype) -> int:
+        key = (*_place(basis), basis.dtype, basis.device, dtype, id(basis) if basis.numel() == 0 else 0)
+        if key not in self._basis_index:
+            check_orthonormal(OP, name, basis)
+            ready = basis.detach().to(dtype).contiguous()
+            self._basis_index[key] = len(self._bases)
+            self._bases.append(_Basis(basis, name, version(basis), ready))
+        return self._basis_index[key]
+
+    def _direction(self, direction: Tensor, basis: int) -> int:
+        key = (*_place(direction), direction.dtype, basis)
+        if key not in self._direction_index:
+            of_basis = self._bases[basis]
+            with torch.no_grad(), without_autocast(direction.device.type):
+                ready = against_coefficients(of_basis.ready, direction.detach()).contiguous()
+            versions = (version(direction), of_basis.checked)
+            self._direction_index[key] = len(self._directions)
+            self._directions.append(_Direction(direction, basis, versions, ready))
+        return self._direction_index[key]
+
+    def _refresh(self) -> None:
+        """Takes in what was changed since the last call: bases, directions, storage of the tensors."""
+        for basis in self._bases:
+            now = version(basis.source)
+            if now is None or now != basis.checked:
+                check_orthonormal(OP, basis.name, basis.source)
+                if basis.ready.data_ptr() != basis.source.data_ptr():
+                    basis.ready.copy_(basis.source)
+                basis.checked = now
+        for direction in self._directions:
+            versions = (version(direction.source), self._bases[direction.basis].checked)
+            if None in versions or versions != direction.versions:
+                with without_autocast(direction.source.device.type):
+                    direction.ready.copy_(against_coefficients(self._bases[direction.basis].ready, direction.source))
+                direction.versions = versions
+        places = [_place(e.tensor) for e in self._entries]
+        if places != self._places:
+            for i, (entry, place, planned) in enumerate(zip(self._entries, places, self._places, strict=True)):
+                if place[1] != planned[1]:
+                    raise ValueError(
+                        f"{OP}: entries[{i}] tensor had shape {tuple(planned[1])} when the plan was built; "
+                        f"got {describe(entry.tensor)}"
+                    )
+                check_writable(OP, f"entries[{i}] tensor", entry.tensor)
+            check_no_overlaps(
+                OP,
+                {f"entries[{i}]": e.tensor for i, e in enumerate(self._entries)},
+                {b.name: b.source for b in self._bases},
+            )
+            self._places, self._prepared = places, None
+
+    def _prepare(
+        self, chosen: dict[tuple[torch.device, torch.dtype], Backend]
+    ) -> list[tuple[torch.device, Callable[[], None]]]:
+        """One call per device and back-end; entries that share a basis stand together."""
+        calls = []
+        groups: dict[tuple[torch.device, str], list[_Entry]] = {}
+        for entry in self._entries:
+            kind = (entry.tensor.device, entry.tensor.dtype)
+            if entry.tensor.numel() > 0 and self._bases[entry.basis].ready.shape[1] > 0:
+                groups.setdefault((kind[0], chosen[kind].name), []).append(entry)
+        backends = {backend.name: backend for backend in chosen.values()}
+        for (device, name), entries in groups.items():
+            entries.sort(key=lambda e: e.basis)
+            bases = sorted({e.basis for e in entries})
+            directions = sorted({e.direction for e in entries if e.direction >= 0})
+            run = backends[name].prepare_projection(
+                [e.tensor.detach() for e in entries],
+                [e.dim for e in entries],
+                [self._bases[b].ready for b in bases],
+                [bases.index(e.basis) for e in entries],
+                [self._directions[d].ready for d in directions],
+                [directions.index(e.direction) if e.direction >= 0 else -1 for e in entries],
+                self.strength,
+            )
+            calls.append((device, run))
+        return calls
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _listed(entries: Any) -> list[tuple[Any, Any, Any]]:
+    if isinstance(entries, (str, bytes, Tensor, dict)) or not hasattr(entries, "__iter__"):
+        raise TypeError(f"{OP}: entries must be a sequence of (tensor, basis, dim); got {describe(entries)}")
+    listed = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, (tuple, list)) or len(entry) != 3:
+            raise TypeError(f"{OP}: entries[{i}] must be (tensor, basis, dim); got {describe(entry)}")
+        listed.append((entry[0], entry[1], entry[2]))
+    return listed
+
+
+def _directions(only_against: Any, count: int) -> list[Any]:
+    if only_against is None:
+        return [None] * count
+    if isinstance(only_against, Tensor) or not isinstance(only_against, Sequence):
+        raise TypeError(
+            f"{OP}: only_against must be None or a sequence with one direction or None per entry; "
+            f"got {describe(only_against)}"
+        )
+    if len(only_against) != count:
+        raise ValueError(f"{OP}: only_against must have one item per entry = {count}; got {len(only_against)}")
+    return list(only_against)
