@@ -1,5 +1,5 @@
-# make demo | test | gpu | bench | lint | clean, on a machine that has python3 (3.10 or newer, with venv and headers), g++
-# and make. Each target first makes .venv complete, with the versions of constraints.txt; a second call installs nothing,
+# make demo | test | gpu | bench | experiment | lint | clean, on a machine that has python3 (3.10 or newer, with venv and
+# headers), g++ and make. Each target first makes .venv complete, with the versions of constraints.txt; a second call installs nothing,
 # an edit of csrc/, the build files or the constraints installs again.
 #
 #   make test ARGS="-k decode -x"       further arguments for pytest, the demo, the benchmarks
@@ -21,7 +21,7 @@ NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 TORCH_INDEX ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test gpu bench lint clean
+.PHONY: help install demo test gpu bench experiment lint clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -44,6 +44,11 @@ gpu: $(STAMPS)/package
 
 bench: $(STAMPS)/package
 	$(BIN)/python -m benches $(ARGS)
+
+# Every method, basis and site under five seeds; what it leaves becomes the README's table with `python -m benches readme`.
+experiment: $(STAMPS)/package
+	$(BIN)/refusal-kernels experiment --rows full --seeds 0,1,2,3,4 --out experiment-run $(ARGS)
+	$(BIN)/python -m benches keep experiment-run
 
 lint: $(STAMPS)/package
 	$(BIN)/ruff check .

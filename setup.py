@@ -107,7 +107,7 @@ setup(
         "refusal_kernels": ["py.typed", "_C.pyi"],
         "refusal_kernels.python_api": [
             f"{folder}/**/{pattern}"
-            for folder in ("builtin_model",)
+            for folder in ("builtin_model", "experiment")
             for pattern in ("*.safetensors", "*.json", "*.jsonl", "*.md", "*.txt", "*.model", "*.jinja")
         ],
     },

@@ -20,7 +20,16 @@ from typer.core import TyperGroup
 
 import refusal_kernels as rk
 
-COMMAND_MODULES = ("cli_train", "cli_info")
+COMMAND_MODULES = (
+    "cli_train",
+    "cli_heads",
+    "cli_features",
+    "cli_finetune",
+    "cli_evaluate",
+    "cli_tradeoff",
+    "cli_experiment",
+    "cli_info",
+)
 
 # What a user can cause. Anything else is a bug of ours and keeps its traceback.
 _WRONG_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -88,7 +97,7 @@ def _one_line(text: str) -> str:
 app = typer.Typer(
     name="refusal-kernels",
     cls=OneLineErrors,
-    help="Sparse autoencoders on attention heads, on kernels of their own.",
+    help="Sparse autoencoders on attention heads and fine-tuning without losing refusals, on kernels of their own.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -16,23 +16,6 @@ if TYPE_CHECKING:
 _DEFAULT = TrainConfig()
 _DATA, _SAE, _TRAINING, _OUTPUT = "Model and data", "Sparse autoencoder", "Optimisation", "Output"
 
-# The demo's settings, chosen on the built-in model for two CPU cores.
-DEMO: dict[str, Any] = {
-    "model": "builtin",
-    "data": "builtin",
-    "layers": [1, 3],
-    "sequences": 64,
-    "k": 16,
-    "expansion": 8,
-    "tokens": 600_000,
-    "batch_tokens": 2048,
-    "lr": 1e-3,
-    "dead_after_tokens": 100_000,
-    "checkpoint_every": 100,
-    "log_every": 10,
-    "eval_tokens": 12_000,
-}
-
 
 def parse_count(text: str) -> int:
     """ "250000", "250_000", "250k", "10M" or "1.5B" as an integer. ValueError otherwise."""
@@ -234,40 +217,6 @@ def train_sae(
     _run(TrainConfig(**values), resume=resume, overwrite=overwrite, progress=not quiet)
 
 
-def demo(
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the run; an earlier demo in it is replaced.")
-    ] = Path("demo-run"),
-    tokens: str = typer.Option(f"{DEMO['tokens']}", metavar="COUNT", help="Training tokens."),
-    threads: int = typer.Option(1, min=1, help="CPU threads. One takes predictable time on a busy machine."),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars."),
-) -> None:
-    """Train an SAE on the built-in model and its corpus, reload it, say where everything lies. Needs no network."""
-    import torch
-
-    from .sae import TopKSAE
-
-    torch.set_num_threads(threads)
-    config = TrainConfig(**DEMO | {"out": str(out), "tokens": parse_count(tokens)})
-    result = _run(config, resume=False, overwrite=True, progress=not quiet)
-    for layer, sae in result.saes.items():
-        reloaded = TopKSAE.from_pretrained(result.folders[layer])
-        same = all(
-            torch.equal(mine.cpu(), theirs)
-            for mine, theirs in zip(sae.state_dict().values(), reloaded.state_dict().values(), strict=True)
-        )
-        if not same:
-            from .cli import CommandFailed
-
-            raise CommandFailed(f"the SAE in {result.folders[layer]} does not reload to what was saved")
-        typer.echo(f"reloaded {result.folders[layer]}: every bit as saved")
-    folder = next(iter(result.folders.values()))
-    typer.echo(
-        "use it:  from refusal_kernels.python_api import TopKSAE; "
-        f"sae = TopKSAE.from_pretrained({str(folder)!r}); x_hat = sae(x)"
-    )
-
-
 def _is_explicit(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
@@ -323,4 +272,3 @@ def _silence_libraries() -> None:
 
 def register(app: typer.Typer) -> None:
     app.command("train-sae")(train_sae)
-    app.command("demo")(demo)
