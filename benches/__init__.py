@@ -14,5 +14,6 @@ that what disturbs the machine disturbs all of them:
 
 `shapes` says what is measured, `model` counts flops and bytes, `problem` makes inputs and fp64 references,
 `torch_paths` and `columns` are the contestants, `bench_groups` and `bench_crossover` the pytest-benchmark files,
-`memory` measures peak memory, `results` merges, prints and writes, `plot` draws.
+`memory` measures peak memory, `results` merges, prints and writes, `plot` draws. The projection, whose contestants and
+sizes have nothing in common with these, is a command of its own: `python -m benches.projection`.
 """

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import machine, results
+from . import experiment, machine, projection, results
 from .plot import draw
 from .shapes import COLUMNS, GROUPS, SHAPES, Shape
 
@@ -148,10 +148,23 @@ def show(result: dict[str, Any]) -> None:
 
 @app.command()
 def readme() -> None:
-    """Rewrites the README's table from the newest result file."""
+    """Rewrites the README's tables from the newest result file and the committed experiment."""
     try:
         results.update_readme()
+        results.update_readme(shown={"projection": projection.block(projection.newest())})
+        results.update_readme(shown={"experiment": experiment.block(experiment.committed())})
     except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def keep(run: Path) -> None:
+    """Keeps a finished `refusal-kernels experiment` as the committed one."""
+    try:
+        for path in experiment.keep(run):
+            print(f"kept: {path}")
+    except ValueError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
 

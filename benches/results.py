@@ -222,14 +222,13 @@ def readme_block(text: str, name: str) -> str:
     return _split(text, name)[1]
 
 
-def update_readme(path: Path = README, result: dict[str, Any] | None = None) -> None:
-    """Rewrites the README's blocks from the newest result file."""
-    if result is None:
-        result = json.loads(newest().read_text())
+def update_readme(path: Path = README, shown: dict[str, str] | None = None) -> None:
+    """Rewrites the README's blocks: `shown`, by default those of the newest result file."""
+    shown = blocks(json.loads(newest().read_text())) if shown is None else shown
     text = path.read_text()
-    for name in BLOCK_NAMES:
+    for name in shown:
         readme_block(text, name)
-    for name, block in blocks(result).items():
+    for name, block in shown.items():
         before, _, after = _split(text, name)
         text = before + block + after
     path.write_text(text)

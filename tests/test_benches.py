@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import refusal_kernels as rk
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import harness, memory, model, results, torch_paths  # noqa: E402
+from benches import experiment, harness, memory, model, projection, results, torch_paths  # noqa: E402
 from benches.columns import TOLERANCE, Case, Column  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import COLUMNS, CROSSOVER_GROUPS, CROSSOVER_SHAPES, GROUPS, SHAPES, Shape  # noqa: E402
@@ -359,11 +360,38 @@ def test_committed_results_are_complete() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("experiment", lambda: experiment.block(experiment.committed())),
+        ("projection", lambda: projection.block(projection.newest())),
+    ],
+)
+def test_readme_shows_the_committed_experiment_and_projection(name: str, shown: Callable[[], str]) -> None:
+    assert results.readme_block((ROOT / "README.md").read_text(), name) == shown(), (
+        "the README's table is not that of the committed result: run `python -m benches readme`"
+    )
+
+
+def test_the_committed_projection_reaches_three_times_the_loop_at_rank_8() -> None:
+    for case in projection.newest()["cases"]:
+        seconds = {name: column["seconds"] for name, column in case["columns"].items()}
+        assert case["backend"] == "cpu"
+        assert seconds["loop"] / seconds["ours"] >= (3 if case["r"] == 8 else 1)
+
+
+def test_an_unfinished_experiment_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"table\.txt, report\.html is missing"):
+        experiment.keep(tmp_path, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_readme_without_markers_is_an_error(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="bench:begin"):
-        results.update_readme(readme, {})
+        results.update_readme(readme)
 
 
 def test_update_touches_nothing_outside_the_markers(tmp_path: Path) -> None:
@@ -373,9 +401,35 @@ def test_update_touches_nothing_outside_the_markers(tmp_path: Path) -> None:
     )
     readme.write_text(old + "below\n")
     result = json.loads(results.newest().read_text())
-    results.update_readme(readme, result)
+    results.update_readme(readme, results.blocks(result))
     text = readme.read_text()
     for name, block in results.blocks(result).items():
         assert results.readme_block(text, name) == block
         text = text.replace(block, "old")
     assert text == old + "below\n"
+
+
+# --- projection ------------------------------------------------------------------------------------------------------
+
+
+def test_projection_counts_what_it_moves_and_its_columns_agree() -> None:
+    with torch.no_grad():
+        entries = projection.problem(layers=1, r=4, device="cpu")
+        assert len(entries) == 14
+        assert sum(w.numel() for w, _, _ in entries) * 32 == 41_943_040  # LoRA of rank 16 on Llama-3-8B
+        inputs, outputs = 3 * 4096 + 14336, 43008  # q, k, v share a basis, gate and up another one
+        assert projection.least_bytes(entries) == 8 * 41_943_040 // 32 + 4 * 4 * (inputs + outputs)
+        columns = projection.columns(entries, None)
+        assert {"loop", "addmm", "ours", "floor"} <= set(columns)
+        assert projection.check(entries, columns) <= projection.TOLERANCE
+        times = projection.measure(columns, 1, torch.device("cpu"))
+    assert all(len(calls) == 1 for calls in times.values())
+    case = {"r": 4, "flops": 1, "bytes": 1, "columns": {n: {"seconds": min(c)} for n, c in times.items()}}
+    assert len(projection.table([case]).splitlines()) == 2
+
+
+def test_projection_refuses_a_column_that_is_wrong() -> None:
+    with torch.no_grad():
+        entries = projection.problem(layers=1, r=2, device="cpu")
+        with pytest.raises(AssertionError, match="lazy is off by"):
+            projection.check(entries, {"lazy": lambda: None})
