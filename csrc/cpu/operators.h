@@ -125,14 +125,18 @@ inline std::string shape_of(const Tensor& t) {
 inline void check(
     const char* op, const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> shape) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
-  std::string expected = "[";
   int64_t axis = 0;
   for (const int64_t size : shape) {
-    expected += (axis == 0 ? "" : ", ") + std::to_string(size);
     same = same && t.size(axis) == size;
     ++axis;
   }
-  STD_TORCH_CHECK(same, op, ": ", name, " must have shape ", expected, "]; got ", shape_of(t));
+  if (!same) {
+    std::string expected;
+    for (const int64_t size : shape) {
+      expected += (expected.empty() ? "[" : ", ") + std::to_string(size);
+    }
+    STD_TORCH_CHECK(false, op, ": ", name, " must have shape ", expected, "]; got ", shape_of(t));
+  }
   STD_TORCH_CHECK(
       t.scalar_type() == dtype, op, ": ", name, " has dtype ", torch::headeronly::toString(t.scalar_type()), " where ",
       torch::headeronly::toString(dtype), " is expected");

@@ -142,6 +142,41 @@ RK_INLINE void update_tile(
   }
 }
 
+// The same for fibres that lie along memory and R ranks, with lanes along the fibres: to[i] = from[i] + sum_j u[.][j]
+// c[j][i]. The panel need not be packed back, which at few ranks is a sixth of the whole; every sum is in the same order.
+template <class T, int R>
+RK_INLINE void update_along(
+    const Stripe<T>& s, int64_t column, const Vec<T> (&u)[R], const T* __restrict c, int64_t ldc) {
+  constexpr int L = kLanes<T>;
+  const T* from = static_cast<const T*>(s.entry->from) + column;
+  T* to = static_cast<T*>(s.entry->to) + column;
+  // Rows are often a multiple of 4 KiB apart. Loads that follow a store of the same low address bits wait for it, so
+  // all loads of a group come first.
+  constexpr int kGroup = R == 8 && RK_VECTOR_BYTES == 64 ? L : L / 2;
+  for (int first = 0; first < L; first += kGroup) {
+    Vec<T> sum[kGroup];
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; ++i) {
+      sum[i] = Vec<T>{};
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < R; ++j) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kGroup; ++i) {
+        sum[i] += splat<T>(c[j * ldc + first + i]) * u[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; ++i) {
+      sum[i] += load(from + s.from[first + i]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kGroup; ++i) {
+      store<T>(to + s.to[first + i], sum[i]);
+    }
+  }
+}
+
 // ---- panels ----------------------------------------------------------------------------------------------------------
 
 // Which stripes: `vecs` of them, from stripe `stripe` of entry `entry` on, over into the next entries.
@@ -283,8 +318,36 @@ struct Panel {
     fetcher.add(u, n * r * static_cast<int64_t>(sizeof(T)));
   }
 
+  // Whether `update_along` serves: full stripes of contiguous fibres in the compute type, whole vectors of them.
+  bool along(int64_t slab) const {
+    bool all = (r == 8 || r == 16) && rows(slab) % kLanes<T> == 0;
+    for (const Stripe<T>& s : stripes) {
+      const ProjectionEntry<T>& e = *s.entry;
+      all = all && s.count == kLanes<T> && e.type == Element::kCompute && e.from_stride == 1 && e.to_stride == 1;
+    }
+    return all;
+  }
+
+  template <int R>
+  void update_along(int64_t slab, const T* c, Fetcher& next) const {
+    constexpr int L = kLanes<T>;
+    for (int64_t column = slab * kSlab; column < slab * kSlab + rows(slab); column += L) {
+      for (int i = 0; i < L; i += kUpdateRows<V>) {
+        next.step();
+      }
+      Vec<T> basis[R];
+      columns_of<T, R>(u + column * R, basis);
+      for (int v = 0; v < V; ++v) {
+        RK_ISA::update_along<T, R>(stripes[v], column, basis, c + v * L, kWidth);
+      }
+    }
+  }
+
   // G += U c over one slab; `packed` holds it already, or is filled first, unless the panel needs no packing.
   void update(int64_t slab, T* packed, bool filled, const T* c, Fetcher& next) const {
+    if (along(slab)) {
+      return r == 8 ? update_along<8>(slab, c, next) : update_along<16>(slab, c, next);
+    }
     const ProjectionEntry<T>& e = *stripes[0].entry;
     const T* from = packed;
     T* to = packed;
@@ -325,7 +388,8 @@ struct Panel {
 template <class T, int V>
 void project_panel(const Panel<T, V>& p, T strength, Fetcher& next) {
   constexpr int64_t W = Panel<T, V>::kWidth;
-  const bool keep = !p.direct && p.n * W <= kKeptElements;
+  // Where the update does not need the packed panel, slabs share one place: it stays in the second-level cache.
+  const bool keep = !p.direct && !(p.along(0) && p.along(p.slabs - 1)) && p.n * W <= kKeptElements;
   T* packed = scratch<T>(Slot::kPackedX, p.direct ? 0 : (keep ? p.n : std::min(p.n, kSlab)) * W);
   T* c = scratch<T>(Slot::kPartialSums, 2 * p.r * W);
   T* part = c + p.r * W;

@@ -165,12 +165,12 @@ RK_INLINE Vec<T> zip(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// rows[i][c] of a Rows x lanes matrix -> the same numbers in the order [c][i]. Interleaving the first with the second
-// half of an array rotates the bits of its addresses by one; log2(Rows) times moves the row bits behind the column's.
+// Rotates the addresses of the numbers in `rows` left by as many bits as 2^bits = count: interleaving the first with the
+// second half of an array moves the top bit of every address to the bottom.
 template <class T, int Rows>
-RK_INLINE void transpose(Vec<T> (&rows)[Rows]) {
+RK_INLINE void rotate_addresses(Vec<T> (&rows)[Rows], int count) {
 #pragma GCC unroll 4
-  for (int round = 1; round < Rows; round *= 2) {
+  for (int round = 1; round < count; round *= 2) {
     Vec<T> zipped[Rows];
 #pragma GCC unroll 8
     for (int i = 0; i < Rows / 2; ++i) {
@@ -182,6 +182,22 @@ RK_INLINE void transpose(Vec<T> (&rows)[Rows]) {
       rows[i] = zipped[i];
     }
   }
+}
+
+// rows[i][c] of a Rows x lanes matrix -> the same numbers in the order [c][i]: the row bits go behind the column's.
+template <class T, int Rows>
+RK_INLINE void transpose(Vec<T> (&rows)[Rows]) {
+  rotate_addresses<T, Rows>(rows, Rows);
+}
+
+// A lanes x Columns matrix, its rows one after the other -> columns[j][lane].
+template <class T, int Columns>
+RK_INLINE void columns_of(const T* matrix, Vec<T> (&columns)[Columns]) {
+#pragma GCC unroll 16
+  for (int j = 0; j < Columns; ++j) {
+    columns[j] = load(matrix + j * kLanes<T>);
+  }
+  rotate_addresses<T, Columns>(columns, kLanes<T>);
 }
 
 // Appends first + i for every set bit i of mask; `list` has room for a vector more than it holds.
