@@ -454,7 +454,7 @@ def test_every_instruction_set_and_nothing_outside(isa: str, dtype: torch.dtype)
 @pytest.mark.skipif(native.load_error() is not None, reason="the CPU kernels are not there")
 def test_raw_operators_check_their_arguments() -> None:
     ops = torch.ops.refusal_kernels_cpu
-    with pytest.raises(RuntimeError, match="dim must be a dimension of g; got 2"):
+    with pytest.raises(RuntimeError, match="dim must be a dimension of tensor 0; got 2"):
         ops.project_out(G, 2, U, 1.0, None)
     with pytest.raises(RuntimeError, match=r"basis must have shape \[5, 3\]"):
         ops.project_out(G, 0, U, 1.0, None)

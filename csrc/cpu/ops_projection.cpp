@@ -37,10 +37,11 @@ Element element_of(const char* op, ScalarType dtype) {
 }
 
 void check_projection(
-    const char* op, const std::string& name, const Tensor& t, int64_t dim, const Tensor& basis,
+    const char* op, const char* name, size_t number, const Tensor& t, int64_t dim, const Tensor& basis,
     const MaybeTensor& against) {
   STD_TORCH_CHECK(
-      0 <= dim && dim < t.dim(), op, ": dim must be a dimension of ", name, "; got ", dim, " for ", shape_of(t));
+      0 <= dim && dim < t.dim(), op, ": dim must be a dimension of ", name, " ", number, "; got ", dim, " for ",
+      shape_of(t));
   element_of(op, t.scalar_type());
   check_matrix(op, "basis", basis);
   const ScalarType ct = compute_dtype(t.scalar_type());
@@ -80,7 +81,7 @@ void add_entry(
 
 Tensor project_out(const Tensor& g, int64_t dim, const Tensor& basis, double strength, const MaybeTensor& against) {
   const char* op = "project_out";
-  check_projection(op, "g", g, dim, basis, against);
+  check_projection(op, "tensor", 0, g, dim, basis, against);
   std::vector<int64_t> shape;
   for (int64_t axis = 0; axis < g.dim(); ++axis) {
     shape.push_back(g.size(axis));
@@ -115,12 +116,13 @@ void project_out_grouped(
         0 <= basis_of[i] && basis_of[i] < static_cast<int64_t>(bases.size()) &&
             against_of[i] < static_cast<int64_t>(against.size()),
         op, ": basis_of and against_of must count bases and against; got ", basis_of[i], " and ", against_of[i]);
-    const std::string name = "tensors[" + std::to_string(i) + "]";
-    check_projection(op, name, tensors[i], dims[i], bases[static_cast<size_t>(basis_of[i])], direction(i));
+    check_projection(op, "tensor", i, tensors[i], dims[i], bases[static_cast<size_t>(basis_of[i])], direction(i));
   }
   // Neighbours with the same basis share a read of it.
   Entries<float> singles;
   Entries<double> doubles;
+  singles.list.reserve(tensors.size());
+  singles.axes.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& basis = bases[static_cast<size_t>(basis_of[i])];
     if (tensors[i].scalar_type() == ScalarType::Double) {

@@ -501,6 +501,11 @@ void project_out(const ProjectionArgs<T>& a, const Threads& threads) {
   PanelPlace* places = scratch<PanelPlace>(Slot::kOrder, panels);
   int64_t filled = 0;
   each_panel([&](PanelPlace place) { places[filled++] = place; });
+  // The longest first: what the threads end with, one waiting for the other, is then the shortest.
+  const auto length = [&](const PanelPlace& place) { return a.entries[place.entry].n * place.vecs; };
+  std::stable_sort(places, places + panels, [&](const PanelPlace& one, const PanelPlace& other) {
+    return length(one) > length(other);
+  });
   if (threads.count > 1 && panels < 2 * threads.count) {
     return project_in_slabs(a, places, panels, threads);
   }
