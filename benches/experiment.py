@@ -25,10 +25,10 @@ def keep(run: Path, folder: Path = KEPT) -> list[Path]:
     missing = [name for name in FILES if not (run / name).is_file()]
     if missing:
         raise ValueError(f"{run}: expected a finished experiment, {', '.join(missing)} is missing")
+    made_by = {"machine": machine.describe_machine("cpu"), "commit": machine.describe_commit()}
     folder.mkdir(parents=True, exist_ok=True)
     copies = [Path(shutil.copyfile(run / name, folder / name)) for name in FILES]
-    table = committed(folder) | {"machine": machine.describe_machine("cpu"), "commit": machine.describe_commit()}
-    write_json(folder / "table.json", table)
+    write_json(folder / "table.json", committed(folder) | made_by)
     return copies
 
 

@@ -373,11 +373,11 @@ def test_readme_shows_the_committed_experiment_and_projection(name: str, shown: 
     )
 
 
-def test_the_committed_projection_reaches_three_times_the_loop_at_rank_8() -> None:
+def test_the_committed_projection_is_never_slower_than_a_loop() -> None:
     for case in projection.newest()["cases"]:
         seconds = {name: column["seconds"] for name, column in case["columns"].items()}
         assert case["backend"] == "cpu"
-        assert seconds["loop"] / seconds["ours"] >= (3 if case["r"] == 8 else 1)
+        assert seconds["ours"] < min(seconds[name] for name in ("loop", "addmm", "foreach") if name in seconds)
 
 
 def test_an_unfinished_experiment_is_not_kept(tmp_path: Path) -> None:
