@@ -33,9 +33,9 @@ def keep(run: Path, folder: Path = KEPT) -> list[Path]:
 
 
 def block(table: dict[str, Any]) -> str:
-    """The README's block: conditions with the machine it was kept on, table, findings."""
+    """The README's block: conditions, table, findings. Cells are cached by content: a run may be of an earlier commit."""
     said = [f"* {line}" for line in table["findings"]]
-    where = f"{table['machine']['cores']} cores of {table['machine']['cpu']}, commit {table['commit']}"
+    where = f"{table['machine']['cores']} cores of {table['machine']['cpu']}, kept at commit {table['commit']}"
     return "\n".join(
         [f"{table['conditions']}; {where}.", "", as_markdown([Row.from_dict(r) for r in table["rows"]]), "", *said]
     )
