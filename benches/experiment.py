@@ -33,7 +33,7 @@ def keep(run: Path, folder: Path = KEPT) -> list[Path]:
 
 
 def block(table: dict[str, Any]) -> str:
-    """The README's block: conditions, table, findings. Cells are cached by content: a run may be of an earlier commit."""
+    """The README's block: conditions, table, findings. Cells are cached by content: a run may be of an older commit."""
     said = [f"* {line}" for line in table["findings"]]
     where = f"{table['machine']['cores']} cores of {table['machine']['cpu']}, kept at commit {table['commit']}"
     return "\n".join(
