@@ -253,20 +253,27 @@ def test_step_gradients(backend, device, n, d, n_latents, k, with_dead, autocast
 @everywhere
 @pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 40, 300, 7), (150, 24, 90, 5), (20, 5000, 40, 3)])
 @pytest.mark.parametrize("with_dead", [False, True])
-@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
-def test_step_with_optimizer(backend, device, n, d, n_latents, k, with_dead, max_grad_norm):
+@pytest.mark.parametrize(("max_grad_norm", "autocast"), [(None, None), (0.05, None), (None, torch.bfloat16)])
+def test_step_with_optimizer(backend, device, n, d, n_latents, k, with_dead, max_grad_norm, autocast):
     x, parameters, dead = sae(device, n, d, n_latents)
+    if autocast is not None:  # as above: what autocast rounds is rounded before
+        with torch.no_grad():
+            parameters = [p.to(autocast).float().requires_grad_() for p in parameters]
+            x = x.to(autocast).float()
     results = []
     for where, on, dtype in compared(backend, device):
         leaves = copies(parameters, on, dtype)
         # A large eps: Adam's first steps are the sign of the gradient otherwise, and the sign of a rounding is a coin.
         optimizer = rk.SAEAdam(*leaves, lr=0.01, eps=1e-2, max_grad_norm=max_grad_norm)
-        for _ in range(2):
-            rk.sae_step(
-                x.to(on, dtype), *leaves, k, dead=dead.to(on) if with_dead else None, k_aux=4, optimizer=optimizer,
-                backend=where,
-            )  # fmt: skip
+        for _ in range(2 if autocast is None else 1):  # the second would start from weights that autocast rounds
+            with torch.autocast(on, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                rk.sae_step(
+                    x.to(on, dtype), *leaves, k, dead=dead.to(on) if with_dead else None, k_aux=4, optimizer=optimizer,
+                    backend=where,
+                )  # fmt: skip
         ran(where, "sae_step")
+        if where == "triton" and max_grad_norm is None:
+            assert optimizer._gradient_buffers is None  # the step was fused: no gradient of a weight was written
         moments = [optimizer.state[leaf][m] for leaf in leaves for m in ("exp_avg", "exp_avg_sq")]
         results.append([*(leaf.detach() for leaf in leaves), *moments])
     for actual, own, exact in zip(*results, strict=True):

@@ -224,22 +224,25 @@ def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
     step = {"ENCODER": True, "DVALUES": False, "HAS_BIAS": True, "ACCUMULATE": True}
     store = {**step, "ACCUMULATE": False}
     decoder = {"ENCODER": False, "DVALUES": True, "HAS_BIAS": False, "ACCUMULATE": False}
-    # Form: flags, dtype of the gradients, and the widths at which an operator launches it.
+    # Form: flags, dtypes of the weights and of the gradients, and the widths at which an operator launches it.
     forms = {
-        "+=": (step, "fp32", LATENT_BLOCKS),
-        "=": (store, "fp32", LATENT_BLOCKS[-2:]),
-        "parts": (store, name, LATENT_BLOCKS[:-1]),
-        "decoder": (decoder, name, LATENT_BLOCKS),
+        "+=": (step, name, "fp32", LATENT_BLOCKS),
+        "=": (store, name, "fp32", LATENT_BLOCKS[-2:]),
+        "parts": (store, name, name, LATENT_BLOCKS[:-1]),
+        "decoder": (decoder, name, name, LATENT_BLOCKS),
     }
-    for form, (flags, gradient, blocks) in forms.items():
+    if name != "fp32":
+        forms["parts at fp32 weights"] = (store, "fp32", name, LATENT_BLOCKS[:-1])
+    for form, (flags, weights, gradient, blocks) in forms.items():
         for block in blocks if order == "i32" else blocks[-1:]:
-            main = form == "+=" or (form != "parts" and block == LATENT_BLOCKS[-2])
+            main = form == "+=" or (not form.startswith("parts") and block == LATENT_BLOCKS[-2])
             yield Configuration(
                 latent_kernel,
                 f"backward.latent[{name},{order},{block[0]},{form}]",
                 {
                     **_csc_signature(order),
-                    **pointers(name, "e", "x", "values", "w", "dvalues"),
+                    **pointers(name, "e", "x", "values", "dvalues"),
+                    **pointers(weights, "w"),
                     **pointers("fp32", "b_dec", "scale", "part_dec", "part_enc", "part_db"),
                     **pointers(gradient, "dw_dec", "dw_enc", "db"),
                 },

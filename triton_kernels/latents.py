@@ -27,6 +27,12 @@ from .rows import combine, emit, with_flags, work_of
 
 
 @triton.jit
+def rounded_to(row, ptr):
+    """A row of fp32 weights as the activations' dtype holds it: under autocast the forward pass saw no other."""
+    return row.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def add_entries(
     begin, end, w, column, live, scale, e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr, dvalues_ptr, k, d,
     ENCODER: tl.constexpr, DVALUES: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -79,7 +85,7 @@ def latent_kernel(
     if active:
         column = tl.arange(0, BLOCK_D)
         live = column < d
-        w = tl.load(w_ptr + latent * d + column, mask=live, other=0.0).to(tl.float32)
+        w = rounded_to(tl.load(w_ptr + latent * d + column, mask=live, other=0.0).to(tl.float32), e_ptr)
         dw_dec, dw_enc, db = add_entries(
             begin, end, w, column, live, tl.load(scale_ptr), e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr,
             dvalues_ptr, k, d, ENCODER, DVALUES, HAS_BIAS, BLOCK_D, UNROLL,

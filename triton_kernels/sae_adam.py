@@ -31,7 +31,7 @@ from torch import Tensor
 from .adam import adam_rows, adam_update
 from .backward import sae_backward, segment_length
 from .csc import csc_from_indices
-from .latents import add_entries, hot_parts
+from .latents import add_entries, hot_parts, rounded_to
 from .launch import Configuration, Tiles, device_scalar, integers, on_device, pointers
 
 
@@ -59,8 +59,8 @@ def _step_kernel(
         w = tl.load(w_dec_ptr + at, mask=live, other=0.0).to(tl.float32)
         # A hot latent's entries are in its parts already: the loop over them is then empty.
         dw_dec, dw_enc, db = add_entries(
-            begin, tl.where(parts > 0, begin, end), w, column, live, scale, e_ptr, x_ptr, values_ptr, order_ptr,
-            b_dec_ptr, values_ptr, k, d, True, False, HAS_BIAS, BLOCK_D, UNROLL,
+            begin, tl.where(parts > 0, begin, end), rounded_to(w, e_ptr), column, live, scale, e_ptr, x_ptr, values_ptr,
+            order_ptr, b_dec_ptr, values_ptr, k, d, True, False, HAS_BIAS, BLOCK_D, UNROLL,
         )  # fmt: skip
         first = tl.load(ends_ptr + latent) - parts
         for part in range(first, first + parts):
@@ -88,7 +88,7 @@ def _step_kernel(
         tl.store(v_dec_ptr + at, v.to(v_dec_ptr.dtype.element_ty), mask=live)
 
         w = tl.load(w_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
-        through += db * w
+        through += db * rounded_to(w, e_ptr)
         m = tl.load(m_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
         v = tl.load(v_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
         w, m, v = adam_update(w, dw_enc, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
@@ -151,8 +151,10 @@ def sae_backward_adam(
 ) -> Tensor:
     """One Adam step of W_enc, W_dec [F, d], b_enc [F] in place; returns db_enc @ W_enc [d] fp32, W_enc before the step.
 
-    e = x_hat - x, x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. `extra_rows` [D] int64
-    are distinct latents to which extra_dW_enc [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none.
+    e = x_hat - x, x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. W_enc, W_dec in x's
+    dtype or fp32 beside 16-bit activations: the gradients are then those at the weights rounded as the forward pass saw
+    them, and the step moves the fp32 weights. `extra_rows` [D] int64 are distinct latents to which extra_dW_enc
+    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none.
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
@@ -162,12 +164,13 @@ def sae_backward_adam(
     extras = (extra_dW_enc, extra_db_enc, extra_dW_dec)
     if d > _BLOCKS[-1][0]:
         gradients = [torch.empty(t.shape, dtype=torch.float32, device=e.device) for t in (W_enc, b_enc, W_dec)]
-        sae_backward(e, x, values, indices, W_enc, W_dec, b_dec, scale, *gradients, accumulate=False, segment=segment)
+        We, Wd = W_enc.to(e.dtype), W_dec.to(e.dtype)
+        sae_backward(e, x, values, indices, We, Wd, b_dec, scale, *gradients, accumulate=False, segment=segment)
         if extra_rows is not None:
             for gradient, extra in zip(gradients, extras, strict=True):
                 if extra is not None:
                     gradient.index_add_(0, extra_rows, extra.to(torch.float32))
-        wide_through = gradients[1] @ W_enc.to(torch.float32)
+        wide_through = gradients[1] @ We.to(torch.float32)
         adam_rows(W_enc, gradients[0], m_W_enc, v_W_enc, *numbers, None, False, False)
         adam_rows(b_enc, gradients[1], m_b_enc, v_b_enc, *numbers, None, False, False)
         adam_rows(W_dec, gradients[2], m_W_dec, v_W_dec, *numbers, None, remove_parallel, unit_norm)
@@ -199,20 +202,23 @@ def sae_backward_adam(
 
 
 def configurations() -> Iterator[Configuration]:
-    """The kernel at every width, for bf16 activations and weights with fp32 states, and for fp32 throughout, which is
-    what SAEAdam keeps; with and without rows of AuxK. int64 entry numbers (N k >= 2^31) at the widest block."""
+    """The kernel at every width, with fp32 states: for bf16 throughout, for fp32 throughout, and for 16-bit activations
+    beside fp32 weights (autocast); with and without rows of AuxK. int64 entry numbers (N k >= 2^31) at the widest
+    block."""
     states = ("m_enc", "v_enc", "b_enc", "m_b", "v_b", "m_dec", "v_dec")
     sums = ("part_dec", "part_enc", "part_db", "extra_enc", "extra_db", "extra_dec", "through")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
-    forms = [(name, "i32", block, True) for name in ("bf16", "fp32") for block in _BLOCKS]
-    forms += [("fp32", "i32", block, False) for block in _BLOCKS]
-    forms += [("fp32", "i64", _BLOCKS[-1], extra) for extra in (True, False)]
-    for name, order, block, extra in forms:
+    forms = [(name, name, "i32", block, True) for name in ("bf16", "fp32") for block in _BLOCKS]
+    forms += [("fp32", "fp32", "i32", block, False) for block in _BLOCKS]
+    forms += [("fp32", "fp32", "i64", _BLOCKS[-1], extra) for extra in (True, False)]
+    forms += [(name, "fp32", "i32", block, False) for name in ("bf16", "fp16") for block in _BLOCKS]
+    for name, weights, order, block, extra in forms:
         yield Configuration(
             _step_kernel,
-            f"sae_adam.step[{name},{order},{block[0]}{'+extra' if extra else ''}]",
+            f"sae_adam.step[{name},{weights},{order},{block[0]}{'+extra' if extra else ''}]",
             {
-                **pointers(name, "e", "x", "values", "w_enc", "w_dec"),
+                **pointers(name, "e", "x", "values"),
+                **pointers(weights, "w_enc", "w_dec"),
                 **pointers("fp32", "scale", "b_dec", *states, *sums),
                 **pointers("i64", "offsets", "ends", "position"),
                 **pointers(order, "order"),
@@ -221,5 +227,5 @@ def configurations() -> Iterator[Configuration]:
             },
             _tiles(block, HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True),
             ("k", "d"),
-            variant=order == "i64" or not extra,
+            variant=order == "i64" or (not extra and name != "bf16"),
         )

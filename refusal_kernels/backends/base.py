@@ -37,6 +37,8 @@ class Backend:
     name: str = ""
     device_types: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    # Whether sae_backward_adam takes 16-bit activations beside fp32 weights, as a step under autocast has them.
+    fuses_mixed_precision: bool = False
 
     def unavailable_reason(self) -> str | None:
         """Why this back-end cannot run anything in this process, or None."""

@@ -52,6 +52,7 @@ def _primitive(name: str) -> Any:
 class TritonBackend(Backend):
     name = "triton"
     device_types = ("cuda",)
+    fuses_mixed_precision = True
 
     def unavailable_reason(self) -> str | None:
         return _import_error()

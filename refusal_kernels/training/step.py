@@ -238,15 +238,16 @@ class _Step:
         return torch.zeros(weight.shape, dtype=self.ct, device=weight.device)
 
     def _can_fuse(self, optimizer: SAEAdam) -> bool:
-        """Clipping needs the norm of the whole gradient first; autocast copies are not the weights to update; the
-        kernel moves all parameters, frozen or not, with one bias correction."""
+        """Clipping needs the norm of the whole gradient first; the kernel moves all parameters, frozen or not, with one
+        bias correction; under autocast it has to take weights of another dtype than the copies that forward used."""
         weights = (self.parameters[0], self.parameters[2])
+        dtypes = (self.rows, torch.float32) if self.backend.fuses_mixed_precision else (self.rows,)
         return (
             self.backend.primitive("sae_backward_adam") is not None
             and optimizer.max_grad_norm is None
             and all(p.requires_grad for p in self.parameters)
             and optimizer.in_step
-            and all(w.dtype == self.rows and w.is_contiguous() for w in weights)
+            and all(w.dtype in dtypes and w.is_contiguous() for w in weights)
         )
 
     def _fused_step(

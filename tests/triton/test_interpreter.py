@@ -492,22 +492,29 @@ def test_adam_rows_follows_torch_adam():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "n", "d", "n_latents", "k", "segment", "extra", "wide"),
+    ("dtype", "n", "d", "n_latents", "k", "segment", "extra", "wide", "master"),
     [
-        (torch.float32, 5, 7, 9, 3, 2, True, False),
-        (torch.float16, 5, 7, 9, 3, 2, False, False),
-        (torch.float32, 4, 130, 7, 2, None, True, False),
-        (torch.float32, 5, 7, 9, 3, 2, True, True),
-        (torch.float32, 0, 5, 6, 2, None, True, False),
+        (torch.float32, 5, 7, 9, 3, 2, True, False, False),
+        (torch.float16, 5, 7, 9, 3, 2, False, False, False),
+        (torch.float32, 4, 130, 7, 2, None, True, False, False),
+        (torch.float32, 5, 7, 9, 3, 2, True, True, False),
+        (torch.float32, 0, 5, 6, 2, None, True, False, False),
+        (torch.float16, 5, 7, 9, 3, 2, True, False, True),
+        (torch.float16, 5, 7, 9, 3, 2, True, True, True),
     ],
 )
-def test_sae_backward_adam_is_backward_then_adam(rim, monkeypatch, dtype, n, d, n_latents, k, segment, extra, wide):
+def test_sae_backward_adam_is_backward_then_adam(
+    rim, monkeypatch, dtype, n, d, n_latents, k, segment, extra, wide, master
+):
+    """`master`: fp32 weights beside 16-bit activations; the gradients are those at the rounded weights."""
     if wide:
         monkeypatch.setattr(sae_adam, "_BLOCKS", ((4, 1, 1),))
     torch.manual_seed(d + 3)
     values, indices = code(n, n_latents, k, dtype) if n else (torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
     e, x, b_dec = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype), torch.randn(d)
     weights = [torch.randn(n_latents, d).to(dtype), torch.randn(n_latents), torch.randn(n_latents, d).to(dtype)]
+    if master:
+        weights[0], weights[2] = torch.randn(n_latents, d), torch.randn(n_latents, d)
     weights[2][0] = 0
     moments = [f(*w.shape) for w in weights for f in (torch.randn, torch.rand)]
     extras = [torch.tensor([n_latents - 1, 2]), torch.randn(2, d), torch.randn(2), torch.randn(2, d)]
@@ -517,11 +524,12 @@ def test_sae_backward_adam_is_backward_then_adam(rim, monkeypatch, dtype, n, d, 
         We, be, Wd = (cast(w) for w in weights)
         m_We, v_We, m_be, v_be, m_Wd, v_Wd = (cast(m) for m in moments)
         dWe, dbe, dWd = (torch.zeros_like(m) for m in (m_We, m_be, m_Wd))
-        reference.sae_backward(*(cast(t) for t in (e, x, values)), indices, We, Wd, cast(b_dec), 0.3, dWe, dbe, dWd)
+        seen = [w.to(dtype).to(cast(e).dtype) for w in (We, Wd)]
+        reference.sae_backward(*(cast(t) for t in (e, x, values)), indices, *seen, cast(b_dec), 0.3, dWe, dbe, dWd)
         if extra:
             for gradient, rows in zip((dWe, dbe, dWd), extras[1:], strict=True):
                 gradient.index_add_(0, extras[0], rows.to(gradient.dtype))
-        through = dbe @ We.to(dbe.dtype)
+        through = dbe @ seen[0].to(dbe.dtype)
         reference.adam_rows(We, dWe, m_We, v_We, *numbers, None, False, False)
         reference.adam_rows(be[:, None], dbe[:, None], m_be[:, None], v_be[:, None], *numbers, None, False, False)
         reference.adam_rows(Wd, dWd, m_Wd, v_Wd, *numbers, None, True, True)

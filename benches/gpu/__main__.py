@@ -1,0 +1,60 @@
+"""`python -m benches.gpu --out DIR`: everything that only a GPU can prove, in one command.
+
+Builds for the present device, checks every operator against the reference, runs the value tests (fp32, bf16, fp16;
+determinism; CUDA graphs), measures, and puts a part of the tests through compute-sanitizer. Each stage is a process of
+its own and survives the failure of another; what it printed is in DIR, what it found in DIR/gpu.json, written anew
+after every stage. Exit status 0 when every stage ended well.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .. import machine
+from .stages import run, stages
+from .table import table
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the result and the logs.")],
+    minutes: Annotated[float, typer.Option(min=1, help="All stages end by then.")] = 8.0,
+    only: Annotated[str, typer.Option(help="Stages to run, by the beginning of their names, comma-separated.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The first shape only.")] = False,
+    commit: Annotated[str, typer.Option(help="Of these files, where they are no git checkout.")] = "",
+) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("benches.gpu: torch finds no CUDA device")
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe_machine("cuda"),
+        "versions": machine.describe_versions(),
+        "commit": commit or machine.describe_commit(),
+        "stages": {},
+    }
+    for stage in stages(quick):
+        if only and not any(stage.name.startswith(part.strip()) for part in only.split(",")):
+            continue
+        left = deadline - time.monotonic()
+        if left < 5:
+            result["stages"][stage.name] = {"seconds": 0, "status": "no time left", "result": None}
+            continue
+        result["stages"][stage.name] = found = run(stage, out, left)
+        result["versions"] = machine.describe_versions() if stage.name == "build" else result["versions"]
+        print(f"{stage.name:30} {found['status']:24} {found['seconds']:6.1f} s", flush=True)
+        (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + table(result))
+    if any(found["status"] != "ok" for found in result["stages"].values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,49 @@
+"""Time and memory of a call on the device."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than any L2
+
+
+def measure(run: Callable[[], Any], rounds: int = 10, seconds: float = 3.0) -> dict[str, Any]:
+    """{"ms": median, "calls": every call's milliseconds, "extra_mb": peak memory above what was allocated before}.
+
+    CUDA events around each call, L2 overwritten before it; at most `rounds` calls and about `seconds` in all, after one
+    call that compiles and warms up.
+    """
+    device = torch.device("cuda")
+    flush = torch.empty(FLUSH_BYTES >> 2, device=device)
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    calls: list[float] = []
+    while len(calls) < rounds and sum(calls) < seconds * 1e3:
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = run()
+        end.record()
+        end.synchronize()
+        calls.append(start.elapsed_time(end))
+        del result
+    extra = torch.cuda.max_memory_allocated() - before
+    return {"ms": statistics.median(calls), "calls": [round(c, 4) for c in calls], "extra_mb": round(extra / 1e6, 1)}
+
+
+def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result, or {"error": why}: one contestant that does not fit into memory must not cost the others."""
+    try:
+        return run()
+    except torch.cuda.OutOfMemoryError as error:
+        return {"error": "out of memory: " + str(error).split(". ")[1]}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    finally:
+        torch.cuda.empty_cache()

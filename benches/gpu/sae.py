@@ -1,0 +1,145 @@
+"""`python -m benches.gpu.sae --shape N,d,F,k`: encode, its parts, and the training step of one shape against PyTorch.
+
+bf16 autocast, fp32 parameters and moments. Columns: dense (PyTorch eager), compile (the same compiled), sparse (topk,
+embedding_bag, index_add_), ours (`sae_step`, the optimiser inside), and the product x W_enc^T alone, the floor of any
+exact encoder without lower precision. What is timed is compared first: the encoder with a stable sort of fp32
+pre-activations on sampled rows, the losses of all steps with each other.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import refusal_kernels as rk
+from refusal_kernels.backends import BACKENDS
+from refusal_kernels.triton_kernels import csc as transposed
+from refusal_kernels.triton_kernels.backward import segment_length
+
+from .. import torch_paths
+from ..problem import LR, Problem
+from ..shapes import Shape
+from . import peers
+from .clock import attempt, measure
+
+SAMPLE = 256  # rows whose encoding is compared
+SAME = 0.995  # of the sampled entries: bf16 operands, fp32 sums in another order
+
+
+def encode_agreement(problem: Problem, x: Tensor, values: Tensor, indices: Tensor) -> dict[str, float]:
+    """Share of the sampled rows' latents that a stable sort of fp32 sums selects too, and the largest error of a value
+    relative to the row's first."""
+    rows = torch.linspace(0, x.shape[0] - 1, min(SAMPLE, x.shape[0]), device=x.device).long()
+    W = problem.W_enc.to(torch.bfloat16).float()
+    pre = torch.addmm(problem.b_enc, x[rows].float() - problem.b_dec, W.T).relu_()
+    best = torch.sort(pre, dim=1, descending=True, stable=True)
+    wanted = best.indices[:, : problem.shape.k]
+    hit = (indices[rows, :, None] == wanted[:, None, :]).any(2)
+    off = (values[rows].float() - pre.gather(1, indices[rows])).abs() / best.values[:, :1].clamp(min=1e-6)
+    return {"same_latents": hit.float().mean().item(), "value_error": off.max().item()}
+
+
+def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    problem = Problem(shape, "cuda", distinct=False)
+    n, d, f, k = shape
+    x = problem.x.to(torch.bfloat16)
+    results: dict[str, Any] = {}
+    backend: Any = BACKENDS["triton"]
+
+    def timed(name: str, run: Any) -> None:
+        results[name] = attempt(lambda: measure(run, rounds))
+        print(json.dumps({"shape": str(shape), "name": name, **results[name]}), flush=True)
+
+    if "parts" in columns:
+        we, wd = problem.W_enc.to(torch.bfloat16), problem.W_dec.to(torch.bfloat16)
+        rows = min(n, max(1, (4 << 30) // (2 * f)))
+        product = torch.empty(rows, f, dtype=torch.bfloat16, device="cuda")
+
+        def alone() -> None:
+            for start in range(0, n, rows):
+                torch.mm(x[start : start + rows], we.T, out=product[: min(rows, n - start)])
+
+        timed("product alone", alone)
+        del product
+
+        def eager() -> tuple[Tensor, Tensor]:
+            return torch.addmm(problem.b_enc.to(x.dtype), x - problem.b_dec.to(x.dtype), we.T).relu_().topk(k, dim=1)
+
+        if "dense" in columns:
+            timed("encode, torch", eager)
+        timed("encode, ours", lambda: backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec))
+        values, indices = backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec)
+        results["encode, ours"] |= encode_agreement(problem, x, values, indices)
+        e, _ = backend.decode_residual(x, values, indices, wd, problem.b_dec)
+        timed("decode + residual, ours", lambda: backend.decode_residual(x, values, indices, wd, problem.b_dec))
+        timed("decode, cuda", lambda: rk.sparse_decode(values, indices, wd, problem.b_dec, backend="cuda"))
+        timed("decode, embedding_bag", lambda: torch.nn.functional.embedding_bag(
+            indices, wd, mode="sum", per_sample_weights=values))  # fmt: skip
+        timed("transpose, ours", lambda: transposed.csc_from_indices(indices, f, segment_length(n * k, d)))
+        gradients = [torch.zeros(f, d, device="cuda"), torch.zeros(f, device="cuda"), torch.zeros(f, d, device="cuda")]
+        timed("backward, ours", lambda: backend.sae_backward(
+            e, x, values, indices, we, wd, problem.b_dec, 2 / n, *gradients, accumulate=False))  # fmt: skip
+        del gradients, values, indices, e, we, wd
+        torch.cuda.empty_cache()
+
+    leaves = [p.detach().requires_grad_() for p in problem.parameters]
+    initial = [p.detach().cpu() for p in leaves]
+
+    def fresh() -> list[Tensor]:
+        with torch.no_grad():
+            for leaf, start in zip(leaves, initial, strict=True):
+                leaf.copy_(start)
+                leaf.grad = None
+        return leaves
+
+    losses: dict[str, float] = {}
+
+    def step(name: str, make: Any) -> None:
+        def run() -> dict[str, Any]:
+            call = make()
+            losses[name] = float(call())
+            return measure(call, rounds)
+
+        fresh()
+        results[name] = attempt(run)
+        results[name]["first_loss"] = losses.get(name)
+        print(json.dumps({"shape": str(shape), "name": name, **results[name]}), flush=True)
+        torch._dynamo.reset()
+
+    def ours() -> Any:
+        optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False)
+
+        def call() -> Tensor:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                return rk.sae_step(x, *leaves, k, optimizer=optimizer, backend="triton").loss
+
+        return call
+
+    if "ours" in columns:
+        step("step, ours", ours)
+    if "sparse" in columns:
+        step("step, sparse", lambda: peers.sparse_step(x, leaves, k))
+    if "dense" in columns:
+        step("step, dense", lambda: peers.autograd_step(torch_paths.dense_loss, x, leaves, k))
+    if "compile" in columns:
+        compiled = torch.compile(torch_paths.dense_loss, dynamic=False)
+        step("step, compile", lambda: peers.autograd_step(compiled, x, leaves, k))
+    return results
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="N,d,F,k.")],
+    columns: Annotated[str, typer.Option(help="Of parts, ours, sparse, dense, compile.")] = "parts ours sparse dense",
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each column at most.")] = 7,
+) -> None:
+    """Prints one JSON object per line and measurement."""
+    bench(Shape.parse(shape), columns.split(), rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)
