@@ -48,7 +48,16 @@ def compiled(tmp_path_factory):
 
 
 def test_every_configuration_of_every_kernel_was_compiled(compiled):
-    from refusal_kernels.triton_kernels import adam, backward, decode, encode, projection, registry, sae_adam
+    from refusal_kernels.triton_kernels import (
+        adam,
+        backward,
+        decode,
+        encode,
+        lora_projection,
+        projection,
+        registry,
+        sae_adam,
+    )
     from refusal_kernels.triton_kernels.aot import SHARED_LIMIT, VARIANT_CAPABILITY
 
     labels = [configuration.label for configuration in registry.configurations()]
@@ -64,7 +73,7 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
     registered = {configuration.kernel.__name__ for configuration in registry.configurations()}
     written = {
         name
-        for module in (encode, decode, backward, adam, sae_adam, projection)
+        for module in (encode, decode, backward, adam, sae_adam, projection, lora_projection)
         for name in vars(module)
         if name.endswith("_kernel")
     }

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .csc import csc_from_indices
 from .decode import sparse_decode
-from .latents import LATENT_BLOCKS, latent_kernel, launch_gradients
+from .latents import LATENT_BLOCKS, block_tiles, latent_kernel, launch_gradients
 from .launch import Configuration, Tiles, device_scalar, integers, next_power_of_2, on_device, pointers
 from .rows import ROWS_BLOCKS, combine_kernel, combine_tiles, launch_rows, rows_kernel, with_flags
 
@@ -246,7 +246,7 @@ def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
                     **pointers("fp32", "b_dec", "scale", "part_dec", "part_enc", "part_db"),
                     **pointers(gradient, "dw_dec", "dw_enc", "db"),
                 },
-                with_flags(block, **flags),
+                block_tiles(block, **flags),
                 ("k", "d"),
                 variant=not main or order == "i64",
             )

@@ -210,18 +210,19 @@ def _unpack_kernel(keys_ptr, values_ptr, indices_ptr, k, width, BLOCK: tl.conste
     tl.store(indices_ptr + row * k + rank, 0x7FFFFFFF - (key & 0x7FFFFFFF), mask=rank < k)
 
 
-# (largest k, list capacity, append step, warps). capacity - step >= k, or an append could overflow after a reduction.
-# Lists are short on purpose: bitonic top-k of C keys costs C log(C)^2, so several short reductions beat one long one.
-_LISTS = ((64, 256, 128, 4), (256, 512, 256, 4), (1024, 2048, 1024, 8))
-_SCAN = 1024  # columns judged by one maximum
+# (largest k, list capacity, append step, columns judged by one maximum, warps). capacity - step >= k, or an append could
+# overflow after a reduction. Lists are short on purpose: bitonic top-k of C keys costs C log(C)^2, so several short
+# reductions beat one long one. One warp a row wherever its registers hold the list: every sum over a block is then a few
+# shuffles, where several warps would meet at a barrier.
+_LISTS = ((64, 256, 128, 512, 1), (256, 512, 256, 256, 1), (1024, 2048, 1024, 1024, 8))
 _PIVOT = Tiles({"BLOCK_N": 32, "BLOCK_D": 128}, num_warps=4)
 _BIAS = Tiles({"BLOCK_F": 16, "BLOCK_D": 256}, num_warps=4)
 _PACK = Tiles({"BLOCK": 1024}, num_warps=4)
 _UNPACK = Tiles({"BLOCK": 64}, num_warps=1)
 
 
-def _list_tiles(largest: int, capacity: int, step: int, warps: int) -> Tiles:
-    return Tiles({"K": largest, "CAPACITY": capacity, "STEP": step, "BLOCK": _SCAN}, warps)
+def _list_tiles(largest: int, capacity: int, step: int, block: int, warps: int) -> Tiles:
+    return Tiles({"K": largest, "CAPACITY": capacity, "STEP": step, "BLOCK": block}, warps)
 
 
 def list_tiles(k: int) -> Tiles | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .csc import CSC
 from .launch import Tiles, device_scalar
-from .rows import combine, emit, with_flags, work_of
+from .rows import combine, emit, work_of
 
 
 @triton.jit
@@ -36,14 +36,14 @@ def rounded_to(row, ptr):
 def add_entries(
     begin, end, w, column, live, scale, e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr, dvalues_ptr, k, d,
     ENCODER: tl.constexpr, DVALUES: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(dW_dec row, dW_enc row, db) summed over the CSC entries begin .. end of the latent whose decoder row is w."""
     lane = tl.arange(0, UNROLL)
     dw_dec = tl.zeros([BLOCK_D], dtype=tl.float32)
     dw_enc = tl.zeros([BLOCK_D], dtype=tl.float32)
     db = 0.0
-    for position in range(begin, end, UNROLL):
+    for position in tl.range(begin, end, UNROLL, num_stages=STAGES):
         used = position + lane < end
         entry = tl.load(order_ptr + position + lane, mask=used, other=0)
         source = (entry // k).to(tl.int64)[:, None] * d + column[None, :]
@@ -74,7 +74,7 @@ def latent_kernel(
     dvalues_ptr, dw_dec_ptr, dw_enc_ptr, db_ptr, part_dec_ptr, part_enc_ptr, part_db_ptr,
     k, d, n_latents, segments, segment,
     ENCODER: tl.constexpr, DVALUES: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
-    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program = one latent, or one segment of a hot one: dv, dW_dec and (ENCODER) dW_enc, db of its entries."""
     pid = tl.program_id(0)
@@ -88,7 +88,7 @@ def latent_kernel(
         w = rounded_to(tl.load(w_ptr + latent * d + column, mask=live, other=0.0).to(tl.float32), e_ptr)
         dw_dec, dw_enc, db = add_entries(
             begin, end, w, column, live, tl.load(scale_ptr), e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr,
-            dvalues_ptr, k, d, ENCODER, DVALUES, HAS_BIAS, BLOCK_D, UNROLL,
+            dvalues_ptr, k, d, ENCODER, DVALUES, HAS_BIAS, BLOCK_D, UNROLL, STAGES,
         )  # fmt: skip
         part = pid.to(tl.int64) * d
         emit(dw_dec_ptr + latent * d, part_dec_ptr + part, column, live, dw_dec, hot, ACCUMULATE)
@@ -98,13 +98,26 @@ def latent_kernel(
             emit(db_ptr + latent, part_db_ptr + pid, one, one == 0, tl.zeros([1], tl.float32) + db, hot, ACCUMULATE)
 
 
-# (BLOCK_D, UNROLL, warps): a thread holds 4 to 16 elements of every row; with 16, fp16 rows of 2048 spill on sm_100.
-LATENT_BLOCKS = ((128, 4, 1), (512, 2, 2), (1024, 2, 2), (2048, 2, 8), (4096, 2, 16), (8192, 1, 16))
+# (BLOCK_D, UNROLL, warps, stages): a thread holds 4 to 16 elements of every row; with 16, fp16 rows of 2048 spill on
+# sm_100. From two stages on, the rows of the next entries are on their way while these are added.
+LATENT_BLOCKS = (
+    (128, 4, 1, 2),
+    (512, 2, 2, 2),
+    (1024, 2, 2, 2),
+    (2048, 2, 8, 2),
+    (4096, 2, 16, 2),
+    (8192, 1, 16, 2),
+)
+
+
+def block_tiles(block: tuple[int, int, int, int], **flags: bool) -> Tiles:
+    """Tiles of a kernel around `add_entries`."""
+    return Tiles({**flags, "BLOCK_D": block[0], "UNROLL": block[1], "STAGES": block[3]}, block[2])
 
 
 def latent_tiles(d: int, **flags: bool) -> Tiles:
     """Tiles of `latent_kernel` for rows of d <= 8192 elements."""
-    return with_flags(next(b for b in LATENT_BLOCKS if b[0] >= d), **flags)
+    return block_tiles(next(b for b in LATENT_BLOCKS if b[0] >= d), **flags)
 
 
 def launch_latents(

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import lora_projection
 from .launch import Configuration, Tiles, on_device
 
 SLAB = 2048
@@ -304,6 +305,8 @@ def prepare_projection(
 ) -> Callable[[], None]:
     """`project_out_grouped` with its tables and workspace made: two launches a call, for as long as the tensors keep
     their places in memory."""
+    if tensors and lora_projection.fits(tensors, dims, bases, basis_of):
+        return lora_projection.prepare(tensors, dims, bases, basis_of, against, against_of, strength)
     rows: list[list[int]] = []
     for tensor, dim, b, a in zip(tensors, dims, basis_of, against_of, strict=True):
         if tensor.numel() > 0 and bases[b].shape[1] > 0:

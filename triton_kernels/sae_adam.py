@@ -31,7 +31,7 @@ from torch import Tensor
 from .adam import adam_rows, adam_update
 from .backward import sae_backward, segment_length
 from .csc import csc_from_indices
-from .latents import add_entries, hot_parts, rounded_to
+from .latents import add_entries, block_tiles, hot_parts, rounded_to
 from .launch import Configuration, Tiles, device_scalar, integers, on_device, pointers
 
 
@@ -43,7 +43,7 @@ def _step_kernel(
     position_ptr, extra_enc_ptr, extra_db_ptr, extra_dec_ptr, through_ptr,
     k, d, n_latents, programs, segment, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2,
     HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr, PARALLEL: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
@@ -60,7 +60,7 @@ def _step_kernel(
         # A hot latent's entries are in its parts already: the loop over them is then empty.
         dw_dec, dw_enc, db = add_entries(
             begin, tl.where(parts > 0, begin, end), rounded_to(w, e_ptr), column, live, scale, e_ptr, x_ptr, values_ptr,
-            order_ptr, b_dec_ptr, values_ptr, k, d, True, False, HAS_BIAS, BLOCK_D, UNROLL,
+            order_ptr, b_dec_ptr, values_ptr, k, d, True, False, HAS_BIAS, BLOCK_D, UNROLL, STAGES,
         )  # fmt: skip
         first = tl.load(ends_ptr + latent) - parts
         for part in range(first, first + parts):
@@ -109,13 +109,9 @@ def _step_kernel(
     tl.store(through_ptr + pid.to(tl.int64) * d + column, through, mask=live)
 
 
-# (BLOCK_D, UNROLL, warps): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
-_BLOCKS = ((128, 4, 1), (512, 2, 2), (1024, 2, 4), (2048, 2, 8), (4096, 2, 16))
+# (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
+_BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
-
-
-def _tiles(block: tuple[int, int, int], **flags: bool) -> Tiles:
-    return Tiles({**flags, "BLOCK_D": block[0], "UNROLL": block[1]}, block[2])
 
 
 def sae_backward_adam(
@@ -184,7 +180,7 @@ def sae_backward_adam(
         part_dec, part_enc, part_db = hot_parts(e, x, values, csc, W_dec, b_dec, scale)
         programs = min(_PROGRAMS, n_latents)
         through = torch.empty(programs, d, dtype=torch.float32, device=e.device)
-        tiles = _tiles(
+        tiles = block_tiles(
             next(b for b in _BLOCKS if b[0] >= d),
             HAS_BIAS=b_dec is not None,
             EXTRA=extra_rows is not None,
@@ -225,7 +221,7 @@ def configurations() -> Iterator[Configuration]:
                 **integers("k", "d", "n_latents", "programs", "segment"),
                 **dict.fromkeys(scalars, "fp32"),
             },
-            _tiles(block, HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True),
+            block_tiles(block, HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True),
             ("k", "d"),
             variant=order == "i64" or (not extra and name != "bf16"),
         )

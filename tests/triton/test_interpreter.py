@@ -17,7 +17,7 @@ from torch import Tensor
 
 import refusal_kernels as rk
 from refusal_kernels import reference
-from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode, projection, sae_adam
+from refusal_kernels.triton_kernels import adam, backward, csc, decode, encode, lora_projection, projection, sae_adam
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -32,8 +32,7 @@ def _poison_empty_tensors():
 @pytest.fixture
 def short_lists(monkeypatch):
     """Candidate lists of 16 and 32 keys: the shipped ones take seconds per row in the interpreter."""
-    monkeypatch.setattr(encode, "_LISTS", ((4, 16, 8, 1), (8, 32, 16, 1)))
-    monkeypatch.setattr(encode, "_SCAN", 32)
+    monkeypatch.setattr(encode, "_LISTS", ((4, 16, 8, 32, 1), (8, 32, 16, 32, 1)))
 
 
 class Rim:
@@ -508,7 +507,7 @@ def test_sae_backward_adam_is_backward_then_adam(
 ):
     """`master`: fp32 weights beside 16-bit activations; the gradients are those at the rounded weights."""
     if wide:
-        monkeypatch.setattr(sae_adam, "_BLOCKS", ((4, 1, 1),))
+        monkeypatch.setattr(sae_adam, "_BLOCKS", ((4, 1, 1, 1),))
     torch.manual_seed(d + 3)
     values, indices = code(n, n_latents, k, dtype) if n else (torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))
     e, x, b_dec = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype), torch.randn(d)
@@ -657,6 +656,58 @@ def test_projection_plan_of_any_mix_of_tensors(rim):
             torch.testing.assert_close(
                 tensor.double(), exact, rtol=0, atol=1e-5 if tensor.dtype != torch.half else 4e-3
             )
+
+
+# (side of the projection, n, fibres): slabs that are full, part of one, and several blocks of fibres.
+LORA = [(0, 1088, 16), (1, 64, 16), (1, 1152, 32), (0, 192, 48)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [3, 16, 100])
+def test_projection_of_lora_matrices_takes_its_own_kernels(monkeypatch, rim, dtype, rank):
+    """One dtype, one rank, aligned matrices: two launches on tensor cores; equal to fp64, direction included."""
+    torch.manual_seed(rank)
+    tensors, dims, bases = [], [], []
+    for dim, n, fibres in LORA:
+        tensors.append(torch.randn((n, fibres) if dim == 0 else (fibres, n)).to(dtype))
+        dims.append(dim)
+        # Not orthonormal where n < rank: the kernels do not ask.
+        bases.append((torch.randn(n, rank) / n**0.5).contiguous())
+    against, against_of = [torch.randn(rank)], [-1, 0, 0, -1]
+    order = list(range(len(LORA)))
+    assert lora_projection.fits(tensors, dims, bases, order)
+    monkeypatch.setattr(projection, "_launch", None)  # the general kernels are not used
+    inside = [t.clone() for t in tensors]
+    projection.prepare_projection(inside, dims, bases, order, against, against_of, 0.7)()
+    again = [t.clone() for t in tensors]
+    projection.prepare_projection(again, dims, bases, order, against, against_of, 0.7)()
+    for old, new, twin, dim, u, a in zip(tensors, inside, again, dims, bases, against_of, strict=True):
+        exact, own = (
+            reference.project_out(old.to(t), dim, u.to(t), 0.7, None if a < 0 else against[0].to(t))
+            for t in (torch.float64, torch.float32)
+        )
+        close(new, exact, own.to(dtype), 2)
+        assert torch.equal(new, twin)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda t, u: (t[:, :8].contiguous(), u),  # fibres
+        lambda t, u: (t[:96], u[:96].contiguous()),  # rows
+        lambda t, u: (torch.empty(t.numel() + 1)[1:].view_as(t).copy_(t), u),  # alignment
+        lambda t, u: (t.T.contiguous().T, u),  # strides
+        lambda t, u: (t, torch.randn(128, 129)),  # rank
+        lambda t, u: (t[None], u),  # dimensions
+    ],
+)
+def test_other_tensors_take_the_general_projection(spoil):
+    tensor, basis = spoil(torch.randn(128, 16), torch.randn(128, 4))
+    assert lora_projection.fits([torch.randn(128, 16)], [0], [torch.randn(128, 4)], [0])
+    assert not lora_projection.fits([tensor], [tensor.dim() - 2], [basis], [0])
+    one = torch.randn(128, 16)
+    assert not lora_projection.fits([one, one.half()], [0, 0], [torch.randn(128, 4)], [0, 0])
+    assert not lora_projection.fits([one, one], [0, 0], [torch.randn(128, 4), torch.randn(128, 5)], [0, 1])
 
 
 def test_projection_gradients():
