@@ -38,8 +38,8 @@ out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.
 about 1 ms; the pivot and the centred rows read x twice and write it once, 0.2 ms. Compiled for sm_80/90/100, checked
 in the interpreter, not yet run on a GPU.
 
-Workspace, whatever N and F: R C 4 bytes (half of the L2) + R CAPACITY 8 bytes (R <= 2048: at most 4 MB for k <= 64, 32
-MB for k <= 1024); with b_dec also R d times the element size of centred rows and, in 16 bit, F 4 bytes of folded bias.
+Workspace, whatever N and F: R C 4 bytes (half of the L2; for d < 1024 up to 128 MB) + R CAPACITY 8 bytes (at most 32
+MB); with b_dec also R d times the element size of centred rows and, in 16 bit, F 4 bytes of folded bias.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _fold_bias_kernel(
 @triton.jit(do_not_specialize=["last"])
 def _filter_kernel(
     pre_ptr, bias_ptr, keys_ptr, count_ptr, limit_ptr, columns, first, last, k,
-    K: tl.constexpr, CAPACITY: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, CAPACITY: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program owns one row: scans its chunk [columns] in order and appends what beats the row's limit.
 
@@ -150,40 +150,40 @@ def _filter_kernel(
     if first > 0:
         count = tl.load(count_ptr + row)
         limit = tl.load(limit_ptr + row)
-    # The last chunk ends with one empty block that only reduces the list: the top-k is compiled once.
-    for start in range(0, columns + last * BLOCK, BLOCK):
+    lane = tl.arange(0, STEP)
+    # A step is loaded while the one before is judged, and added to its bias only then: a load waits where it is used.
+    next_pre = tl.load(pre_ptr + lane, mask=lane < columns, other=0.0)
+    next_bias = tl.load(bias_ptr + lane, mask=lane < columns, other=0.0)
+    # The last chunk ends with one empty step that only reduces the list: the top-k is compiled once.
+    for start in range(0, columns + last * STEP, STEP):
+        column = start + lane
+        live = column < columns
+        pre = next_pre + next_bias
+        ahead = column + STEP
+        next_pre = tl.load(pre_ptr + ahead, mask=ahead < columns, other=0.0)
+        next_bias = tl.load(bias_ptr + ahead, mask=ahead < columns, other=0.0)
+        bits = tl.where(live, _rank_bits(pre), -1)
+        keep = bits > limit
+        found = tl.sum(keep.to(tl.int32))
         finish = start >= columns
-        # The whole block is judged by its maximum first: once the limit has risen, most blocks end here.
-        wide = start + tl.arange(0, BLOCK)
-        inside = wide < columns
-        block = tl.load(pre_ptr + wide, mask=inside, other=0.0) + tl.load(bias_ptr + wide, mask=inside, other=0.0)
-        if finish | (tl.max(tl.where(inside, _rank_bits(block), -1)) > limit):
-            for step in range(start, tl.minimum(start + BLOCK, tl.maximum(columns, start + 1)), STEP):
-                # Read again, from L1: a register tile cannot be cut into pieces.
-                column = step + tl.arange(0, STEP)
-                live = column < columns
-                pre = tl.load(pre_ptr + column, mask=live, other=0.0) + tl.load(bias_ptr + column, mask=live, other=0.0)
-                bits = tl.where(live, _rank_bits(pre), -1)
+        if finish | (found > 0):
+            if finish | (count + found > CAPACITY):
+                slot = tl.arange(0, CAPACITY)
+                # The list lives in global memory: the barriers order the appends of other threads before this read, and
+                # this read before the stores that reuse its slots.
+                tl.debug_barrier()
+                listed = tl.load(keys_ptr + slot, mask=slot < count, other=-1)
+                tl.debug_barrier()
+                best = tl.topk(listed, K)
+                rank = tl.arange(0, K)
+                tl.store(keys_ptr + rank, best, mask=rank < k)
+                limit = tl.max(tl.where(rank == k - 1, best >> 32, -1)).to(tl.int32)
+                count = k
                 keep = bits > limit
                 found = tl.sum(keep.to(tl.int32))
-                if finish | (count + found > CAPACITY):
-                    slot = tl.arange(0, CAPACITY)
-                    # The list lives in global memory: the barriers order the appends of other threads before this
-                    # read, and this read before the stores that reuse its slots.
-                    tl.debug_barrier()
-                    listed = tl.load(keys_ptr + slot, mask=slot < count, other=-1)
-                    tl.debug_barrier()
-                    best = tl.topk(listed, K)
-                    rank = tl.arange(0, K)
-                    tl.store(keys_ptr + rank, best, mask=rank < k)
-                    limit = tl.max(tl.where(rank == k - 1, best >> 32, -1)).to(tl.int32)
-                    count = k
-                    keep = bits > limit
-                    found = tl.sum(keep.to(tl.int32))
-                if found > 0:
-                    place = count + tl.cumsum(keep.to(tl.int32)) - 1
-                    tl.store(keys_ptr + place, _key(bits, first + column), mask=keep)
-                    count += found
+            place = count + tl.cumsum(keep.to(tl.int32)) - 1
+            tl.store(keys_ptr + place, _key(bits, first + column), mask=keep)
+            count += found
     tl.store(count_ptr + row, count)
     tl.store(limit_ptr + row, limit)
 
@@ -210,19 +210,20 @@ def _unpack_kernel(keys_ptr, values_ptr, indices_ptr, k, width, BLOCK: tl.conste
     tl.store(indices_ptr + row * k + rank, 0x7FFFFFFF - (key & 0x7FFFFFFF), mask=rank < k)
 
 
-# (largest k, list capacity, append step, columns judged by one maximum, warps). capacity - step >= k, or an append could
-# overflow after a reduction. Lists are short on purpose: bitonic top-k of C keys costs C log(C)^2, so several short
-# reductions beat one long one. One warp a row wherever its registers hold the list: every sum over a block is then a few
-# shuffles, where several warps would meet at a barrier.
-_LISTS = ((64, 256, 128, 512, 1), (256, 512, 256, 256, 1), (1024, 2048, 1024, 1024, 8))
+# (largest k, list capacity, step, warps). capacity - step >= k, or an append could overflow after a reduction.
+# Lists are short on purpose: bitonic top-k of C keys costs C log(C)^2, so several short reductions beat one long one.
+# One warp a row wherever its registers hold the list: a sum over a step is then a few shuffles, where several warps
+# would meet at a barrier.
+_LISTS = ((64, 256, 128, 1), (256, 512, 256, 1), (1024, 2048, 1024, 8))
+_LARGEST_BUFFER, _LARGEST_LISTS = 128 << 20, 32 << 20  # bytes of pre-activations and of candidates
 _PIVOT = Tiles({"BLOCK_N": 32, "BLOCK_D": 128}, num_warps=4)
 _BIAS = Tiles({"BLOCK_F": 16, "BLOCK_D": 256}, num_warps=4)
 _PACK = Tiles({"BLOCK": 1024}, num_warps=4)
 _UNPACK = Tiles({"BLOCK": 64}, num_warps=1)
 
 
-def _list_tiles(largest: int, capacity: int, step: int, block: int, warps: int) -> Tiles:
-    return Tiles({"K": largest, "CAPACITY": capacity, "STEP": step, "BLOCK": block}, warps)
+def _list_tiles(largest: int, capacity: int, step: int, warps: int) -> Tiles:
+    return Tiles({"K": largest, "CAPACITY": capacity, "STEP": step}, warps)
 
 
 def list_tiles(k: int) -> Tiles | None:
@@ -270,12 +271,16 @@ def pivot_of(x: Tensor, b_dec: Tensor) -> Tensor:
 
 
 def _chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
-    """(R, C): rows and latents of one chunk. The fp32 buffer takes about half of the L2, which the operands share."""
+    """(R, C): rows and latents of one chunk. The fp32 buffer takes about half of the L2, which the operands share; for
+    short rows, whose products are shorter than a launch, up to `_LARGEST_BUFFER`."""
     l2_bytes = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else 1 << 20
     elements = max(l2_bytes // 2, 1 << 20) // 4
-    rows = min(x.shape[0], 2048)
-    if list_tiles(k) is None:
-        rows = min(rows, max(1, elements // (4 * next_power_of_2(k))))
+    if x.is_cuda:
+        elements = min(elements * max(1, 1024 // x.shape[1]), _LARGEST_BUFFER // 4)
+    lists = list_tiles(k)
+    capacity = 4 * next_power_of_2(k) if lists is None else lists.constexprs["CAPACITY"]
+    # Many rows, few latents: the rows of a launch are what keeps the filter's warps busy.
+    rows = max(1, min(x.shape[0], 1 << 13, elements // 2048, _LARGEST_LISTS // (8 * capacity)))
     columns = max(1024, min(elements // rows, 8192) // 1024 * 1024)
     return rows, min(columns, n_latents)
 

@@ -143,7 +143,11 @@ def launch_latents(
     programs = segments if hot_only else segments + n_latents
     if programs:
         tiles = latent_tiles(
-            d, ENCODER=encoder, DVALUES=dvalues is not None, HAS_BIAS=b_dec is not None, ACCUMULATE=accumulate
+            d,
+            ENCODER=encoder,
+            DVALUES=dvalues is not None,
+            HAS_BIAS=b_dec is not None,
+            ACCUMULATE=accumulate,
         )
         latent_kernel[(programs,)](
             e, x, values, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, W_dec, b_dec,

@@ -3,9 +3,10 @@
     c = U^T G,  G -= s U c                 (sides, sums and `only_against` as in projection.py, which takes the rest)
 
 A plan comes here when all its tensors have one dtype, all bases one rank r <= 128, and every tensor is a contiguous,
-16-byte aligned matrix with a multiple of 64 rows along the projected dimension and a multiple of 16 fibres. Then strides, masks and alignment
-are known when the kernel is compiled: loads are 16 bytes wide, run ahead of the products through shared memory, and
-follow the side: B [out, 16] is read along its fibres, A [16, in] along the projected dimension and turned in registers.
+16-byte aligned matrix with a multiple of 64 rows along the projected dimension and a multiple of 16 fibres. Then
+strides, masks and alignment are known when the kernel is compiled: loads are 16 bytes wide, run ahead of the products
+through shared memory, and follow the side: B [out, 16] is read along its fibres, A [16, in] along the projected
+dimension and turned in registers.
 
     1. lora_coefficients_kernel: U^T G over one slab of rows, [r, 16] fp32, into a workspace. No atomics.
     2. lora_update_kernel: adds the slabs of its matrix in ascending order, subtracts U c from one slab.
@@ -128,7 +129,7 @@ def lora_update_kernel(
 
 
 # (columns of U, padded) -> rows of U in flight, warps, stages.
-_TILES = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 4, 2), 128: (32, 8, 2)}
+_TILES = dict.fromkeys((16, 32, 64, 128), (64, 4, 3))  # measured on an H200 against 32 rows, 8 warps, 2 stages
 ROWS = 64  # what every BN divides
 
 

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <climits>
 #include <optional>
 #include <tuple>
@@ -23,8 +22,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
 
 rk::cuda::RowType row_type(const Tensor& rows, const char* name) {
   switch (rows.scalar_type()) {
@@ -99,32 +96,17 @@ Tensor sparse_decode(Tensor values, Tensor indices, Tensor W_dec, std::optional<
   return out;
 }
 
-// aten operators the stable headers have no wrapper for, through the dispatcher.
-std::tuple<Tensor, Tensor> stable_sort(const Tensor& keys) {
-  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{0}), from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
-}
-
-// For every latent f in 0 … n_latents the position of its first entry among the sorted ones.
-Tensor segment_offsets(const Tensor& sorted, int64_t n_latents) {
-  std::array<StableIValue, 5> range{
-      from(n_latents + 1), from(std::optional<ScalarType>(sorted.scalar_type())),
-      from(std::optional<torch::headeronly::Layout>()), from(std::optional<torch::stable::Device>(sorted.device())),
-      from(std::optional<bool>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::arange", "", range.data(), TORCH_ABI_VERSION));
-  std::array<StableIValue, 6> search{from(sorted), from(to<Tensor>(range[0])),         from(false),
-                                     from(false),  from(std::optional<std::string>()), from(std::optional<Tensor>())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::searchsorted", "Tensor", search.data(), TORCH_ABI_VERSION));
-  return to<Tensor>(search[0]);
-}
-
+// `order` [N k], entry numbers by latent, ascending within one, and `offsets` [F + 1] where each latent's begin: made by
+// the caller with torch's stable sort, so that the sums are the same from run to run. Without them there is no dW_dec.
 std::tuple<Tensor, Tensor> sparse_decode_backward(
-    Tensor grad, Tensor values, Tensor indices, Tensor W_dec, bool need_values, bool need_W) {
+    Tensor grad, Tensor values, Tensor indices, Tensor W_dec, std::optional<Tensor> order,
+    std::optional<Tensor> offsets, bool need_values) {
   const Sizes s = check_decoder(values, indices, W_dec);
   check(grad, "grad", W_dec, W_dec.scalar_type());
   STD_TORCH_CHECK(
       grad.dim() == 2 && grad.size(0) == s.n && grad.size(1) == s.d, "refusal_kernels_cuda: grad must be [N, d]");
+  STD_TORCH_CHECK(
+      order.has_value() == offsets.has_value(), "refusal_kernels_cuda: order and offsets come together or not at all");
   const torch::stable::accelerator::DeviceGuard guard(W_dec.get_device_index());
   const rk::cuda::RowType type = row_type(W_dec, "W_dec");
   // A gradient that is not asked for comes back with no elements: the stable ABI has no undefined tensor.
@@ -137,15 +119,17 @@ std::tuple<Tensor, Tensor> sparse_decode_backward(
             W_dec.const_data_ptr(), dvalues.mutable_data_ptr(), s.n, s.k, s.n_latents, s.d, current_stream(W_dec)),
         "sparse_decode_dvalues");
   }
-  Tensor dW_dec = torch::stable::new_empty(W_dec, need_W ? Shape{s.n_latents, s.d} : Shape{0});
-  if (need_W) {
-    // A stable sort keeps the tokens of a latent in order, so the sums are the same from run to run.
-    const auto [sorted, order] = stable_sort(torch::stable::view(indices, {s.n * s.k}));
-    const Tensor offsets = segment_offsets(sorted, s.n_latents);
+  Tensor dW_dec = torch::stable::new_empty(W_dec, order ? Shape{s.n_latents, s.d} : Shape{0});
+  if (order) {
+    check(*order, "order", W_dec, ScalarType::Long);
+    check(*offsets, "offsets", W_dec, ScalarType::Long);
+    STD_TORCH_CHECK(
+        order->numel() == s.n * s.k && offsets->numel() == s.n_latents + 1,
+        "refusal_kernels_cuda: order must have N k elements and offsets F + 1");
     check_launch(
         rk::cuda::sparse_decode_dweight(
-            type, grad.const_data_ptr(), values.const_data_ptr(), static_cast<const int64_t*>(order.const_data_ptr()),
-            static_cast<const int64_t*>(offsets.const_data_ptr()), dW_dec.mutable_data_ptr(), s.k, s.n_latents, s.d,
+            type, grad.const_data_ptr(), values.const_data_ptr(), static_cast<const int64_t*>(order->const_data_ptr()),
+            static_cast<const int64_t*>(offsets->const_data_ptr()), dW_dec.mutable_data_ptr(), s.k, s.n_latents, s.d,
             current_stream(W_dec)),
         "sparse_decode_dweight");
   }
@@ -157,8 +141,8 @@ std::tuple<Tensor, Tensor> sparse_decode_backward(
 STABLE_TORCH_LIBRARY(refusal_kernels_cuda, m) {
   m.def("sparse_decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec) -> Tensor");
   m.def(
-      "sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec, bool need_values, "
-      "bool need_W) -> (Tensor, Tensor)");
+      "sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec, Tensor? order, "
+      "Tensor? offsets, bool need_values) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refusal_kernels_cuda, CUDA, m) {
