@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import experiment, machine, projection, results
+from .gpu import table as gpu_table
 from .plot import draw
 from .shapes import COLUMNS, GROUPS, SHAPES, Shape
 
@@ -153,6 +154,7 @@ def readme() -> None:
         results.update_readme()
         results.update_readme(shown={"projection": projection.block(projection.newest())})
         results.update_readme(shown={"experiment": experiment.block(experiment.committed())})
+        results.update_readme(shown={"gpu": gpu_table.block(gpu_table.newest())})
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

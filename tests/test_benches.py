@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the re
 
 from benches import experiment, harness, memory, model, projection, results, torch_paths  # noqa: E402
 from benches.columns import TOLERANCE, Case, Column  # noqa: E402
+from benches.gpu import table as gpu_table  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import COLUMNS, CROSSOVER_GROUPS, CROSSOVER_SHAPES, GROUPS, SHAPES, Shape  # noqa: E402
 from benches.timers import cuda_event  # noqa: E402
@@ -365,9 +366,10 @@ def test_committed_results_are_complete() -> None:
     [
         ("experiment", lambda: experiment.block(experiment.committed())),
         ("projection", lambda: projection.block(projection.newest())),
+        ("gpu", lambda: gpu_table.block(gpu_table.newest())),
     ],
 )
-def test_readme_shows_the_committed_experiment_and_projection(name: str, shown: Callable[[], str]) -> None:
+def test_readme_shows_the_committed_results(name: str, shown: Callable[[], str]) -> None:
     assert results.readme_block((ROOT / "README.md").read_text(), name) == shown(), (
         "the README's table is not that of the committed result: run `python -m benches readme`"
     )

@@ -12,7 +12,7 @@ launched, `max_segments` = floor(2 N k / segment), which bounds it: sum of ceil(
 of 2 c / s.
 
 Bytes: N k (4 + 8) read and written about 4 times by the radix sort, + F 8. Roofline prediction (2.1 M entries, H200):
-0.2 ms. Not yet run on a GPU.
+0.2 ms. Measured on an H200: 0.43 ms with the host's launches, the sort alone 0.16.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
             timed("encode, torch", eager)
         timed("encode, ours", lambda: backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec))
         values, indices = backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec)
-        results["encode, ours"] |= encode_agreement(problem, x, values, indices)
+        results["agreement"] = {"name": "encode, agreement", **encode_agreement(problem, x, values, indices)}
+        print(json.dumps({"shape": str(shape), **results["agreement"]}), flush=True)
         e, _ = backend.decode_residual(x, values, indices, wd, problem.b_dec)
         timed("decode + residual, ours", lambda: backend.decode_residual(x, values, indices, wd, problem.b_dec))
         timed("decode, cuda", lambda: rk.sparse_decode(values, indices, wd, problem.b_dec, backend="cuda"))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from ..results import RESULTS
+
+KEPT = RESULTS / "gpu"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -28,10 +34,57 @@ def row(entry: dict[str, Any]) -> str:
     name = entry.get("name", "") + (f", r = {entry['r']}" if "r" in entry else "")
     if "error" in entry and "ms" not in entry:
         return f"{name:44} {entry['error']}"
-    text = f"{name:44} {entry['ms']:10.3f} ms {entry['extra_mb']:9.0f} MB"
+    text = f"{name:44}"
+    if "ms" in entry:
+        text += f" {entry['ms']:10.3f} ms {entry['extra_mb']:9.0f} MB"
     if "rate" in entry:
         text += f" {entry['rate']:8.1f} {entry['unit']}"
     for key in ("same_latents", "value_error", "first_loss"):
         if entry.get(key) is not None:
             text += f"  {key} {entry[key]:.6g}"
     return text
+
+
+def newest(folder: Path = KEPT) -> dict[str, Any]:
+    """The committed result of the latest date; FileNotFoundError where there is none."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    if not found:
+        raise FileNotFoundError(f"no results in {folder}: run `python -m benches.gpu --out DIR` on a GPU first")
+    return max(found, key=lambda result: result["date"])
+
+
+def block(result: dict[str, Any]) -> str:
+    """The README's block: conditions, the shapes of the training step, the projection. What did not run is a dash."""
+    versions = result["versions"]
+    lines = [
+        f"{result['machine']['gpu']}, torch {versions['torch']}, Python {versions['python']}; "
+        f"commit {result['commit']}, {result['date'][:10]}; `python -m benches.gpu`. Milliseconds, median; bf16 autocast, fp32 weights, moments.",
+        "",
+        "| N, d, F, k | step, ours | step, PyTorch | ratio | encode, ours | encode, PyTorch | its product alone | "
+        "extra memory, ours | PyTorch |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, stage in result["stages"].items():
+        if not name.startswith("sae "):
+            continue
+        found = {entry["name"]: entry for entry in stage["result"] or []}
+        ms = {key: found[key]["ms"] for key in found if "ms" in found[key]}
+        names = ("step, ours", "step, dense", "", "encode, ours", "encode, torch", "product alone")
+        shown = [f"{ms[key]:.3g}" if key in ms else "–" for key in names]
+        if "step, ours" in ms and "step, dense" in ms:
+            shown[2] = f"{ms['step, dense'] / ms['step, ours']:.2f}×"
+        for key in ("step, ours", "step, dense"):
+            shown.append(f"{found[key]['extra_mb'] / 1e3:.1f} GB" if key in ms else "–")
+        lines.append(f"| {name.removeprefix('sae ').replace(',', ', ')} | " + " | ".join(shown) + " |")
+    rows = (result["stages"].get("projection") or {}).get("result") or []
+    if rows:
+        lines += [
+            "",
+            "| basis of 448 LoRA matrices | loop | `addmm_` loop | ours | ours, CUDA graph | copy of the bytes |",
+        ]
+        lines.append("|---:|---:|---:|---:|---:|---:|")
+    for rank in sorted({row["r"] for row in rows}):
+        ms = {row["name"]: row["ms"] for row in rows if row["r"] == rank and "ms" in row}
+        names = ("loop", "addmm", "ours", "ours, graph", "floor")
+        lines.append(f"| {rank} | " + " | ".join(f"{ms[n]:.2f}" if n in ms else "–" for n in names) + " |")
+    return "\n".join(lines)
