@@ -58,7 +58,8 @@ def block(result: dict[str, Any]) -> str:
     versions = result["versions"]
     lines = [
         f"{result['machine']['gpu']}, torch {versions['torch']}, Python {versions['python']}; "
-        f"commit {result['commit']}, {result['date'][:10]}; `python -m benches.gpu`. Milliseconds, median; bf16 autocast, fp32 weights, moments.",
+        f"commit {result['commit']}, {result['date'][:10]}; `python -m benches.gpu`. "
+        "Milliseconds, median; bf16 autocast, fp32 weights, moments.",
         "",
         "| N, d, F, k | step, ours | step, PyTorch | ratio | encode, ours | encode, PyTorch | its product alone | "
         "extra memory, ours | PyTorch |",
