@@ -75,7 +75,7 @@ def describe_versions() -> dict[str, str]:
         build = _C.build_info()
         versions |= {"compiler": build["compiler"], "isa": build["isa"]}
     except ImportError as error:
-        versions["extension"] = f"not loaded: {error}"
+        versions["extension"] = f"not loaded: {error.msg.split(' (')[0]}"  # without the path of this machine
     return versions
 
 

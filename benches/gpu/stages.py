@@ -83,7 +83,7 @@ def stages(quick: bool) -> list[Stage]:
     found = [
         Stage("build", python("setup.py", "build_ext", "--inplace"), 240, nothing, build),
         Stage("check", python("-m", "refusal_kernels.info", "--check", "--json"), 120, last_json),
-        Stage("values", values, 90, counts),
+        Stage("values", values, 240, counts),
     ]
     shapes = CANONICAL[:1] if quick else CANONICAL
     for shape in shapes:
