@@ -55,8 +55,7 @@ def _decode_kernel(
     tl.store(out_ptr + token * d + column, total.to(out_ptr.dtype.element_ty), mask=live)
 
 
-# (BLOCK_D, UNROLL, warps). One warp and 256 columns at any d: a slice of W_dec that narrow stays in L2. Measured on an
-# H200 (N 32768, d 4096, F 131072, k 64, bf16): 2.4 ms, against 3.0 with 512 columns and 3.5 with 1024.
+# (BLOCK_D, UNROLL, warps). One warp and 256 columns at any d: a slice of W_dec that narrow stays in L2.
 _BLOCKS = ((128, 8, 1), (256, 4, 1))
 
 

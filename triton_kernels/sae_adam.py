@@ -15,7 +15,7 @@ atomics, no synchronisation.
 
 Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d
 48. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16 activations, H200): 7 ms of gathers + 6.5 ms of Adam.
-Measured: 24 to 26 ms; one program of 16 warps fills a multiprocessor, so that its reductions and dependent loads are
+Measured: 25 ms (step less encode and decode); one program of 16 warps fills a multiprocessor, so that its reductions and dependent loads are
 not hidden by another's. Rows wider than 4096 go through gradient buffers and adam_rows.
 """
 
@@ -111,8 +111,7 @@ def _step_kernel(
 
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
 _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
-# 16-bit rows beside fp32 weights, without AuxK's: one stage more pays there (24.1 ms for 26.6 on an H200 at N 32768, F
-# 131072, k 64) and spills elsewhere.
+# 16-bit rows beside fp32 weights, without AuxK's: one stage more pays there and spills elsewhere.
 _MIXED_BLOCK = (4096, 2, 16, 3)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
