@@ -282,8 +282,8 @@ def test_sae_backward_accumulates(isa, shape, dtype):
         assert_close(got, want, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_a_latent_of_every_token_rounds_no_worse_than_matmul(isa):
-    """Thousands of hits in one serial sum would: at most 1.5 times torch's error against fp64, on both routes."""
+def test_a_latent_of_every_token_is_no_serial_sum(isa):
+    """At most a fifth of the error, against fp64, of adding its thousands of rows one after another; on both routes."""
     N, d, F, k = 16384, 64, 40, 4
     x, W, _, _ = problem(N, d, F, torch.float32)
     e = torch.randn(N, d) + 1
@@ -292,12 +292,15 @@ def test_a_latent_of_every_token_rounds_no_worse_than_matmul(isa):
     indices[:, 2] = F - 1
     hot = values[:, 2].contiguous()
     exact = hot.double() @ e.double()
-    torchs = (hot.expand(64, -1).contiguous() @ e - exact)[0].norm()
+    serial = torch.zeros(d)
+    for row in hot[:, None] * e:
+        serial += row
+    bound = (serial - exact).norm() / 5
     buffers = torch.zeros(F, d), torch.zeros(F), torch.zeros(F, d)
     ops.sae_backward(e, x, values, indices, W, W, None, 1.0, *buffers)
-    assert (buffers[2][F - 1] - exact).norm() <= 1.5 * torchs
+    assert (buffers[2][F - 1] - exact).norm() <= bound
     _, dW = ops.sparse_decode_backward(e, values, indices, W, False, True)
-    assert (dW[F - 1] - exact).norm() <= 1.5 * torchs
+    assert (dW[F - 1] - exact).norm() <= bound
 
 
 # ---- Adam ----------------------------------------------------------------------------------------
