@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import experiment, machine, projection, results
+from . import experiment, machine, premises, projection, results
 from .gpu import table as gpu_table
 from .plot import draw
 from .shapes import COLUMNS, GROUPS, SHAPES, Shape
@@ -155,6 +155,7 @@ def readme() -> None:
         results.update_readme(shown={"projection": projection.block(projection.newest())})
         results.update_readme(shown={"experiment": experiment.block(experiment.committed())})
         results.update_readme(shown={"gpu": gpu_table.block(gpu_table.newest())})
+        results.update_readme(shown={"premises": premises.block(premises.newest())})
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
@@ -166,6 +167,16 @@ def keep(run: Path) -> None:
     try:
         for path in experiment.keep(run):
             print(f"kept: {path}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command("premises")
+def keep_premises(heads: Path, features: Path) -> None:
+    """Keeps the figures of a run of `refusal-kernels heads` and one of `refusal-kernels features`."""
+    try:
+        print(f"kept: {premises.keep(heads, features)}")
     except ValueError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

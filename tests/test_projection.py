@@ -462,6 +462,36 @@ def test_raw_operators_check_their_arguments() -> None:
         ops.project_out_grouped([G], [], [U], [0], [], [-1], 1.0)
     with pytest.raises(RuntimeError, match="must count bases"):
         ops.project_out_grouped([G], [1], [U], [1], [], [-1], 1.0)
+    with pytest.raises(RuntimeError, match="must count bases"):
+        ops.project_out_table([G], [1], [U], [1], [], [-1])
+    for wrong in (torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match="expected a table of project_out_table"):
+            ops.project_out_by_table(wrong, 1.0)
+
+
+@pytest.mark.skipif(native.load_error() is not None, reason="the CPU kernels are not there")
+def test_a_table_is_the_grouped_call() -> None:
+    """Bit for bit: every type, a transposed, a sliced and a four-dimensional tensor, shared bases, directions."""
+    ops = torch.ops.refusal_kernels_cpu
+    bases = [basis(24, 3), basis(24, 3, torch.float64), basis(7, 7)]
+    against = [torch.randn(3)]
+
+    def tensors() -> list[Tensor]:
+        torch.manual_seed(1)
+        wide = torch.randn(40, 48)
+        return [
+            torch.randn(16, 24), torch.randn(16, 24).T, wide[3:27, ::2], torch.randn(2, 24, 3, 5).transpose(0, 2),
+            torch.randn(24, 5).bfloat16(), torch.randn(5, 24).half(), torch.randn(24, 9).double(), torch.randn(7),
+        ]  # fmt: skip
+
+    dims, of, directed = [1, 0, 0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 2], [-1, 0, -1, 0, -1, -1, -1, -1]
+    one, other = tensors(), tensors()
+    ops.project_out_grouped(one, dims, bases, of, against, directed, 0.7)
+    table = ops.project_out_table(other, dims, bases, of, against, directed)
+    assert all(torch.equal(a, b) for a, b in zip(other, tensors(), strict=True))
+    ops.project_out_by_table(table, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, tensors(), strict=True))
 
 
 # --- orthonormal_basis ------------------------------------------------------------------------------------------------

@@ -60,6 +60,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refusal_kernels_cpu, m) {
   m.def(
       "project_out_grouped(Tensor(a!)[] tensors, int[] dims, Tensor[] bases, int[] basis_of, Tensor[] against, "
       "int[] against_of, float strength) -> ()");
+  // The same in two halves: a table of the tensors' addresses, made once, and calls with it. Whoever calls keeps every
+  // tensor alive and in its place.
+  m.def(
+      "project_out_table(Tensor[] tensors, int[] dims, Tensor[] bases, int[] basis_of, Tensor[] against, "
+      "int[] against_of) -> Tensor");
+  m.def("project_out_by_table(Tensor table, float strength) -> ()");
   // The instruction set in use ("default", "avx2", "avx512", "avx512_vnni"); another one of this processor's; scratch
   // held by all threads; what the latest topk_encode's 8-bit screen did: rows screened, their pairs computed in fp32,
   // rows repeated.

@@ -50,7 +50,7 @@ class Backend:
 
     def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
         """A call of `project_out_grouped` with these arguments that can be made many times; what depends on them alone
-        is done here, once."""
+        is done here, once. The caller keeps the tensors alive and calls only while each lies where it lay."""
         primitive = self.primitive("project_out_grouped")
         assert primitive is not None, f"{self.name} has no project_out_grouped, which not_supported_reasons says first"
         return functools.partial(primitive, *arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ _PRIMITIVES = (
     "adam_rows",
     "project_out",
     "project_out_grouped",
+    "project_out_table",
+    "project_out_by_table",
 )
 
 
@@ -39,6 +43,11 @@ class CpuBackend(Backend):
         if name not in self._bound:
             self._bound[name] = native.operator("refusal_kernels_cpu", name) if name in _PRIMITIVES else None
         return self._bound[name]
+
+    def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
+        *tensors, strength = arguments
+        table = self.project_out_table(*tensors)
+        return functools.partial(self.project_out_by_table, table, strength)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or (bound := self.primitive(name)) is None:

@@ -8,6 +8,7 @@ shared basis is then read once for all of its tensors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from .overlaps import check_no_overlaps, check_writable
 from .project_out import against_coefficients, pick_projection
 
 OP = "ProjectionPlan"
+_COUNT = operator.attrgetter("_version")
 
 
 @dataclass
@@ -109,6 +111,7 @@ class ProjectionPlan:
         )
         self._tensors = [e.tensor for e in self._entries]
         self._look()
+        self._look_at_sources()
         self._prepared: tuple[Any, list[tuple[torch.device, Callable[[], None]]]] | None = None
 
     def __len__(self) -> int:
@@ -172,6 +175,18 @@ class ProjectionPlan:
 
     def _refresh(self) -> None:
         """Takes in what was changed since the last call: bases, directions, storage of the tensors."""
+        # Asked of all at once: one after the other would be a third of a call on two cores.
+        if self._uncounted or list(map(_COUNT, self._sources)) != self._counts:
+            self._refresh_bases()
+        pointers, shapes, strides = self._places
+        if (
+            list(map(Tensor.data_ptr, self._tensors)) != pointers
+            or list(map(Tensor.size, self._tensors)) != shapes
+            or list(map(Tensor.stride, self._tensors)) != strides
+        ):
+            self._refresh_tensors()
+
+    def _refresh_bases(self) -> None:
         for basis in self._bases:
             now = version(basis.source)
             if now is None or now != basis.checked:
@@ -185,28 +200,37 @@ class ProjectionPlan:
                 with without_autocast(direction.source.device.type):
                     direction.ready.copy_(against_coefficients(self._bases[direction.basis].ready, direction.source))
                 direction.versions = versions
-        places = [(t.data_ptr(), t.shape, t.stride()) for t in self._tensors]  # inline: a fifth of a call's Python
-        if places != self._places:
-            for i, (entry, place, planned) in enumerate(zip(self._entries, places, self._places, strict=True)):
-                if place[1] != planned[1]:
-                    raise ValueError(
-                        f"{OP}: entries[{i}] tensor had shape {tuple(planned[1])} when the plan was built; "
-                        f"got {describe(entry.tensor)}"
-                    )
-                check_writable(OP, f"entries[{i}] tensor", entry.tensor)
-            check_no_overlaps(
-                OP,
-                {f"entries[{i}]": e.tensor for i, e in enumerate(self._entries)},
-                {b.name: b.source for b in self._bases},
-            )
-            self._look()
-            self._prepared = None
+        self._look_at_sources()
+
+    def _refresh_tensors(self) -> None:
+        for i, (entry, planned) in enumerate(zip(self._entries, self._places[1], strict=True)):
+            if entry.tensor.shape != planned:
+                raise ValueError(
+                    f"{OP}: entries[{i}] tensor had shape {tuple(planned)} when the plan was built; "
+                    f"got {describe(entry.tensor)}"
+                )
+            check_writable(OP, f"entries[{i}] tensor", entry.tensor)
+        check_no_overlaps(
+            OP,
+            {f"entries[{i}]": e.tensor for i, e in enumerate(self._entries)},
+            {b.name: b.source for b in self._bases},
+        )
+        self._look()
+        self._prepared = None
 
     def _look(self) -> None:
         """Keeps what a call would otherwise ask of every tensor anew: it changes with the storage only."""
-        self._places = [_place(tensor) for tensor in self._tensors]
+        tensors = self._tensors
+        self._places = [t.data_ptr() for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors]
         self._kinds = {(tensor.device, tensor.dtype): tensor for tensor in self._tensors}
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
+
+    def _look_at_sources(self) -> None:
+        """The versions that bases and directions were taken in at; some do not count theirs, see `version`."""
+        sources = [*(b.source for b in self._bases), *(d.source for d in self._directions)]
+        self._uncounted = any(source.is_inference() for source in sources)
+        self._sources = [] if self._uncounted else sources
+        self._counts = [source._version for source in self._sources]
 
     def _prepare(
         self, chosen: dict[tuple[torch.device, torch.dtype], Backend]
