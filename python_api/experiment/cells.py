@@ -73,7 +73,6 @@ def main_rows() -> list[dict[str, Any]]:
         {"method": "update", "basis": "sae", "sites": HEAD_SITES, **poisoned},
         {"method": "weight", "basis": "sae", "sites": HEAD_SITES, **poisoned},
         {"method": "forward", "basis": "sae", "sites": HEAD_SITES, **poisoned},
-        {"method": "forward", "basis": "random", "sites": HEAD_SITES, **poisoned},
         {"method": "forward", "basis": "harmful", "sites": ("all",)},
         {"method": "forward", "basis": "benign", "sites": ("all",), **poisoned},
     ]
@@ -85,6 +84,7 @@ def full_rows() -> list[dict[str, Any]]:
     sae = {"method": "forward", "basis": "sae", "sites": HEAD_SITES}
     return [
         *({name: value for name, value in row.items() if name != "data"} for row in main_rows()),
+        {"method": "forward", "basis": "random", "sites": HEAD_SITES},
         {"method": "sft"},
         {"method": "forward", "basis": "mean-difference", "sites": HEAD_SITES},
         {"method": "forward", "basis": "activation-svd", "sites": HEAD_SITES},

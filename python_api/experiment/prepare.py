@@ -7,8 +7,11 @@ the same inputs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +69,57 @@ class Prepared:
         return basis if cell.rank is None else basis.truncate(cell.rank)
 
 
+def kept(folder: Path, key: str) -> dict[str, Any] | None:
+    """The result of an earlier `stage` with the same key."""
+    done = folder / DONE
+    known = read_json(done) if done.is_file() else {}
+    return known["result"] if known.get("key") == key else None
+
+
 def stage(folder: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """`make(folder)`, or what it returned for the same `key` before."""
-    done = folder / DONE
-    if done.is_file() and (known := read_json(done)).get("key") == key:
-        return known["result"]
+    if (known := kept(folder, key)) is not None:
+        return known
     folder.mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
     result = make(folder)
-    write_json(done, {"key": key, "result": result})
+    write_json(folder / DONE, {"key": key, "result": result})
     return result
+
+
+def quiet_worker(threads: int) -> None:
+    """In a worker: one bar, the parent's, and Ctrl-C is the parent's business as well."""
+    import signal
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore")
+
+
+def _unaligned(folder: Path, key: str) -> str:
+    return stage(folder, key, lambda at: {"folder": str(unaligned_builtin(at / "models"))})["folder"]
+
+
+@contextmanager
+def _base_model(config: ExperimentConfig, folder: Path, key: str) -> Iterator[Callable[[], str | None]]:
+    """What SafeLoRA compares with, as a call that waits for it: the built-in stand-in is made beside the rest where a
+    second worker is allowed."""
+    if config.base_model is not None or not config.has_base_model:
+        yield lambda: config.base_model
+    elif config.workers < 2 or kept(folder, key) is not None:
+        yield lambda: _unaligned(folder, key)
+    else:
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=quiet_worker, initargs=(config.threads,)
+        ) as pool:
+            yield pool.submit(_unaligned, folder, key).result
 
 
 def load_suite(config: ExperimentConfig, model: nn.Module, chat: Chat) -> Suite:
@@ -97,32 +141,30 @@ def prepare(
     suite = load_suite(config, net, chat)
     base_key = content_hash(suite.hash(), weights_hash(net))
 
-    say("heads: contrastive influence of every head")
-    heads = stage(
-        folder / "heads",
-        content_hash(base_key, config.heads),
-        lambda at: _heads(config, net, chat, suite, at, progress),
-    )
-    layers = config.sae_layers or sorted({layer for layer, _ in heads["refusal"]})
-    sae_key = content_hash(
-        base_key, layers, config.sae_data, config.sae_tokens, config.sae_k, config.sae_expansion, config.sae_lr
-    )
-    say(f"sparse autoencoders on layers {', '.join(map(str, layers))}")
-    trained = stage(folder / "sae", sae_key, lambda at: _sae(config, layers, at, progress))
-    saes = {int(layer): TopKSAE.from_pretrained(path) for layer, path in trained["folders"].items()}
-    basis_key = content_hash(sae_key, config.latents, config.z_rank, config.input_rank, config.targets)
-    say("features, bases and pre-flight")
-    made = stage(folder / "bases", basis_key, lambda at: _bases(config, net, chat, suite, saes, layers, at, progress))
-    bases = {name: Path(path) for name, path in made["files"].items()}
-    base_model = config.base_model
-    if base_model is None and config.has_base_model:
-        say("an unaligned built-in model, for SafeLoRA")
-        made_base = stage(
-            folder / "unaligned", content_hash(base_key), lambda at: {"folder": str(unaligned_builtin(at / "models"))}
+    with _base_model(config, folder / "unaligned", content_hash(base_key)) as base_model:
+        say("heads: contrastive influence of every head")
+        heads = stage(
+            folder / "heads",
+            content_hash(base_key, config.heads),
+            lambda at: _heads(config, net, chat, suite, at, progress),
         )
-        base_model = made_base["folder"]
-    folders = {int(layer): Path(path) for layer, path in trained["folders"].items()}
-    return Prepared(suite, folders, heads, bases, made["hashes"], made["features"], made["preflight"], base_model)
+        layers = config.sae_layers or sorted({layer for layer, _ in heads["refusal"]})
+        sae_key = content_hash(
+            base_key, layers, config.sae_data, config.sae_tokens, config.sae_k, config.sae_expansion, config.sae_lr
+        )
+        say(f"sparse autoencoders on layers {', '.join(map(str, layers))}")
+        trained = stage(folder / "sae", sae_key, lambda at: _sae(config, layers, at, progress))
+        folders = {int(layer): Path(path) for layer, path in trained["folders"].items()}
+        saes = {layer: TopKSAE.from_pretrained(path) for layer, path in folders.items()}
+        basis_key = content_hash(sae_key, config.latents, config.z_rank, config.input_rank, config.targets)
+        say("features, bases and pre-flight")
+        made = stage(
+            folder / "bases", basis_key, lambda at: _bases(config, net, chat, suite, saes, layers, at, progress)
+        )
+        bases = {name: Path(path) for name, path in made["files"].items()}
+        if config.base_model is None and config.has_base_model:
+            say("an unaligned built-in model, for SafeLoRA")
+        return Prepared(suite, folders, heads, bases, made["hashes"], made["features"], made["preflight"], base_model())
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -25,7 +25,7 @@ from ..prompts.chat import Chat, device_of
 from ..prompts.records import content_hash
 from .cells import HEAD_SITES, PROTECTED, Cell
 from .config import ExperimentConfig
-from .prepare import Prepared, prepare
+from .prepare import Prepared, prepare, quiet_worker
 
 if TYPE_CHECKING:
     from ..baselines.config import FinetuneConfig
@@ -93,7 +93,9 @@ def _run_all(config: ExperimentConfig, prepared: Prepared, cells: Sequence[Cell]
                 bar.update()
                 yield cell
             return
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet) as pool:
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=quiet_worker, initargs=(config.threads,)
+        ) as pool:
             futures: dict[Future[None], Cell] = {
                 pool.submit(_run_and_keep, config, prepared, cell): cell for cell in cells
             }
@@ -107,21 +109,6 @@ def _run_all(config: ExperimentConfig, prepared: Prepared, cells: Sequence[Cell]
                 raise
     finally:
         bar.close()
-
-
-def _quiet() -> None:
-    """In a worker: one bar, the parent's, and Ctrl-C is the parent's business as well."""
-    import signal
-    import warnings
-
-    import datasets
-    from transformers.utils import logging
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    warnings.simplefilter("ignore")
 
 
 def _run_and_keep(config: ExperimentConfig, prepared: Prepared, cell: Cell) -> None:
