@@ -177,16 +177,20 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
 
 
-def newest(folder: Path = RESULTS / "projection") -> dict[str, Any]:
-    """The committed result of the latest date; FileNotFoundError where there is none."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+def newest(folder: Path = RESULTS / "projection") -> list[dict[str, Any]]:
+    """The committed result of the latest date of every machine, latest first; FileNotFoundError where there is none."""
+    found = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda result: result["date"])
     if not found:
         raise FileNotFoundError(f"no results in {folder}: run `python -m benches.projection` first")
-    return max(found, key=lambda result: result["date"])
+    return list({machine.slug(result["machine"]): result for result in found}.values())[::-1]
 
 
-def block(result: dict[str, Any]) -> str:
-    """The README's block: conditions and table."""
+def block(found: list[dict[str, Any]]) -> str:
+    """The README's block: conditions and table of every machine."""
+    return "\n\n".join(map(_section, found))
+
+
+def _section(result: dict[str, Any]) -> str:
     where, versions = result["machine"], result["versions"]
     lines = [
         f"{result['cases'][0]['matrices']} matrices, fp32, milliseconds on {where['cores']} cores of {where['cpu']} "
@@ -194,14 +198,14 @@ def block(result: dict[str, Any]) -> str:
         f"{result['date'][:10]}; `python -m benches.projection`.",
         "",
         "| basis | PyTorch loop | `addmm_` loop | `torch._foreach_mm` | ours | floor (copy of the bytes) | vs loop "
-        "| vs addmm |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| floor vs loop | vs addmm |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in result["cases"]:
         ms = {name: 1000 * column["seconds"] for name, column in case["columns"].items()}
         shown = [f"{ms[name]:.1f}" if name in ms else "" for name in ("loop", "addmm", "foreach", "ours", "floor")]
-        shown += [f"{ms[name] / ms['ours']:.1f}×" for name in ("loop", "addmm")]
-        lines.append(f"| {case['r']} | " + " | ".join(shown) + " |")
+        shown += [f"{ms['loop'] / ms[name]:.1f}×" for name in ("ours", "floor")]
+        lines.append(f"| {case['r']} | " + " | ".join([*shown, f"{ms['addmm'] / ms['ours']:.1f}×"]) + " |")
     return "\n".join(lines)
 
 
