@@ -150,6 +150,24 @@ def test_exact_modes_do_not_leak_under_adamw(animal: tuple[Any, Any], mode: str)
     assert said == []
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])
+@pytest.mark.parametrize("mode", EXACT)
+def test_exact_modes_do_not_leak_under_8_bit_optimizers(animal: tuple[Any, Any], mode: str, name: str) -> None:
+    """States in 8 bits, in blocks of 256 numbers: small tensors would keep theirs in 32."""
+    optim = pytest.importorskip("bitsandbytes").optim
+    made = []
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made.append(getattr(optim, name)(parameters, lr=3e-4, min_8bit_size=256))
+        return made[0]
+
+    leak, losses, said = animal_leak(animal, mode, make)
+    assert any(state["state1"].dtype == torch.uint8 for state in made[0].state.values())
+    assert leak < 1e-6
+    assert losses[-1] < losses[0]
+    assert said == []
+
+
 def test_gradient_mode_is_exact_under_sgd_and_warns_of_its_leak_under_adamw(animal: tuple[Any, Any]) -> None:
     leak, losses, said = animal_leak(animal, "gradient", lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9))
     assert leak < 1e-6
