@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import Device, Dtype, Quiet, Threads, TrustRemoteCode
+
 if TYPE_CHECKING:
     from .scoring.judge_model import JudgeModel
 
@@ -21,19 +23,15 @@ def evaluate(
     adapter: str = typer.Option(
         None, metavar="DIR", help="A PEFT adapter to put onto --model.", rich_help_panel=_MODEL, show_default=False
     ),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16, judges too.", rich_help_panel=_MODEL),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1.", rich_help_panel=_MODEL),
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     system: str = typer.Option(
         None, help="A system message before every prompt.", rich_help_panel=_MODEL, show_default=False
     ),
     max_new_tokens: int = typer.Option(256, min=1, help="Longest answer.", rich_help_panel=_MODEL),
     batch_size: int = typer.Option(32, min=1, help="Prompts per forward pass.", rich_help_panel=_MODEL),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_MODEL
-    ),
-    threads: int = typer.Option(
-        None, min=1, help="CPU threads. (default: PyTorch's)", rich_help_panel=_MODEL, show_default=False
-    ),
+    trust_remote_code: TrustRemoteCode = False,
+    threads: Threads = None,
     harmful: str = typer.Option(
         None,
         metavar="SOURCE",
@@ -120,7 +118,7 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel=_OUTPUT)] = Path(
         "evaluation"
     ),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Measure attack success, over-refusal, broken answers, multiple choice and truthfulness of a model.
 

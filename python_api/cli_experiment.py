@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import Device, Dtype, Quiet, TrustRemoteCode
+
 if TYPE_CHECKING:
     from .experiment.config import ExperimentConfig
 
@@ -62,17 +64,15 @@ def experiment(
     sft_lr: float = _option(3e-4, "AdamW's rate for the full fine-tune.", _TRAINING),
     epochs: int = _option(3, "Epochs.", _TRAINING, min=1),
     batch_size: int = _option(16, "Samples per step.", _TRAINING, min=1),
-    dtype: str = _option("float32", "float32, bfloat16 or float16.", _TRAINING),
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1.", _TRAINING),
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     workers: int = _option(2, "Processes (1 on a GPU).", _TRAINING, min=1),
     threads: int = _option(1, "CPU threads of each.", _TRAINING, min=1),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_ASKED
-    ),
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder; what lies there is reused.", rich_help_panel=_OUTPUT)
     ] = Path("experiment"),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune with every method, benign and poisoned, and compare: task, refusals, leak, drift, with intervals.
 
@@ -101,7 +101,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder; what lies there is reused.")] = Path("demo-run"),
     seeds: str = typer.Option("0,1", help="Seeds, with commas; each takes some three minutes on two cores."),
     workers: int = typer.Option(2, min=1, help="Processes that fine-tune side by side."),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars."),
+    quiet: Quiet = False,
 ) -> None:
     """The whole story on the built-in model: heads, SAE, refusal subspace, fine-tuning with every method, the table.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import Device, Dtype, Quiet, Threads, TrustRemoteCode
 from .cli_train import parse_layers
 
 if TYPE_CHECKING:
@@ -127,13 +128,11 @@ def features(
         rich_help_panel=_DATA,
         show_default=False,
     ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_DATA
-    ),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16.", rich_help_panel=_DATA),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1.", rich_help_panel=_DATA),
+    trust_remote_code: TrustRemoteCode = False,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     batch_size: int = typer.Option(16, min=1, help="Sequences per pass.", rich_help_panel=_DATA),
-    threads: int = typer.Option(None, min=1, help="CPU threads. (default: PyTorch's)", rich_help_panel=_DATA),
+    threads: Threads = None,
     source: str = typer.Option("sae", help="sae, mean-difference, activation-svd or random.", rich_help_panel=_BASIS),
     sae: Annotated[
         list[Path] | None,
@@ -183,7 +182,7 @@ def features(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel=_OUTPUT)] = Path(
         "features"
     ),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Find the directions that carry refusal, and check that they do.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .baselines.config import METHODS, FinetuneConfig
+from .cli_options import Device, Dtype, Quiet, Threads, TrustRemoteCode
 
 if TYPE_CHECKING:
     from .baselines.finetune import FinetuneResult
@@ -52,9 +53,7 @@ def finetune(
     max_length: int = typer.Option(
         _DEFAULT.max_length, min=1, help="Longer dialogues are left out.", rich_help_panel=_DATA
     ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_DATA
-    ),
+    trust_remote_code: TrustRemoteCode = False,
     method: str = typer.Option(_DEFAULT.method, help=", ".join(METHODS) + ".", rich_help_panel=_PROTECTION),
     basis: Annotated[
         Path | None,
@@ -128,11 +127,9 @@ def finetune(
         False, "--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=_TRAINING
     ),
     bf16: bool = typer.Option(False, "--bf16", help="Autocast to bfloat16.", rich_help_panel=_TRAINING),
-    dtype: str = typer.Option("float32", help="Of the weights: float32, bfloat16, float16.", rich_help_panel=_TRAINING),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1.", rich_help_panel=_TRAINING),
-    threads: int = typer.Option(
-        None, min=1, help="CPU threads. (default: PyTorch's)", rich_help_panel=_TRAINING, show_default=False
-    ),
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    threads: Threads = None,
     seed: int = typer.Option(_DEFAULT.seed, help="Of A, of data order and draws.", rich_help_panel=_TRAINING),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.", rich_help_panel=_OUTPUT)] = Path(
         "finetune-run"
@@ -150,7 +147,7 @@ def finetune(
         _DEFAULT.keep_checkpoints, min=1, help="How many stay.", rich_help_panel=_OUTPUT
     ),
     log_every: int = typer.Option(_DEFAULT.log_every, min=1, help="Steps between log lines.", rich_help_panel=_OUTPUT),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune a chat model: in full, with LoRA, or with one of the ways to keep its refusals.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_options import Device, Dtype, Quiet, Threads, TrustRemoteCode
+
 if TYPE_CHECKING:
     pass
 
@@ -42,9 +44,7 @@ def heads(
         help="Refusals and harmful completions are beginnings (AdvBench's targets): score no end of turn after them.",
         rich_help_panel=_DATA,
     ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_DATA
-    ),
+    trust_remote_code: TrustRemoteCode = False,
     mode: str = typer.Option(
         "both",
         help="screen: first order, one backward per batch. exact: ablate every head. both: screen all, ablate the "
@@ -59,17 +59,17 @@ def heads(
         None, min=1, help="Length of the top lists. (default: 10 % of the heads)", rich_help_panel=_SEARCH
     ),
     batch_size: int = typer.Option(32, min=1, help="Sequences per forward pass.", rich_help_panel=_SEARCH),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16.", rich_help_panel=_SEARCH),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1.", rich_help_panel=_SEARCH),
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     seed: int = typer.Option(0, help="Of the draw of builtin pairs.", rich_help_panel=_SEARCH),
-    threads: int = typer.Option(None, min=1, help="CPU threads. (default: PyTorch's)", rich_help_panel=_SEARCH),
+    threads: Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel=_OUTPUT)] = Path(
         "heads"
     ),
     fresh: bool = typer.Option(
         False, "--fresh", help="Compute again what an earlier run in --out already has.", rich_help_panel=_OUTPUT
     ),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Find the heads that carry hallucination and those that carry refusal, by contrastive influence.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import Device, Dtype, Quiet, Threads, TrustRemoteCode
+
 if TYPE_CHECKING:
     from .prompts.records import ContrastPair
 
@@ -58,9 +60,7 @@ def tradeoff(
     n: int = typer.Option(
         None, min=1, help="Test pairs and requests. (default: all of a file, 64 of builtin)", rich_help_panel=_DATA
     ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_DATA
-    ),
+    trust_remote_code: TrustRemoteCode = False,
     top: int = typer.Option(
         None, min=1, help="Heads that iti and scale act on. (default: 10 % of all)", rich_help_panel=_SWEEP
     ),
@@ -78,17 +78,17 @@ def tradeoff(
         None, min=1, help="Of every answer. (default: 20 for builtin data, else 48)", rich_help_panel=_SWEEP
     ),
     batch_size: int = typer.Option(64, min=1, help="Sequences per forward pass.", rich_help_panel=_SWEEP),
-    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16.", rich_help_panel=_SWEEP),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1.", rich_help_panel=_SWEEP),
+    dtype: Dtype = "float32",
+    device: Device = "auto",
     seed: int = typer.Option(0, help="Of draws, splits, the LoRA and the controls.", rich_help_panel=_SWEEP),
-    threads: int = typer.Option(None, min=1, help="CPU threads. (default: PyTorch's)", rich_help_panel=_SWEEP),
+    threads: Threads = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", rich_help_panel=_OUTPUT)] = Path(
         "tradeoff"
     ),
     fresh: bool = typer.Option(
         False, "--fresh", help="Measure again what an earlier run in --out already has.", rich_help_panel=_OUTPUT
     ),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Turn truthfulness by three dials beside random controls, and measure what refusal does.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import Device, Quiet, TrustRemoteCode
 from .train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -82,9 +83,7 @@ def train_sae(
         rich_help_panel=_DATA,
         show_default=False,
     ),
-    trust_remote_code: bool = typer.Option(
-        False, "--trust-remote-code", help="Run Python code that comes with a hub model.", rich_help_panel=_DATA
-    ),
+    trust_remote_code: TrustRemoteCode = False,
     k: int = typer.Option(_DEFAULT.k, help="Active latents per token.", min=1, rich_help_panel=_SAE),
     expansion: int = typer.Option(_DEFAULT.expansion, help="Latents per input dimension.", min=1, rich_help_panel=_SAE),
     latents: str = typer.Option(
@@ -134,7 +133,7 @@ def train_sae(
         help="float32 or bfloat16, of the model and its activations; the SAE's weights are fp32 always.",
         rich_help_panel=_TRAINING,
     ),
-    device: str = typer.Option(_DEFAULT.device, help="auto, cpu, cuda, cuda:1.", rich_help_panel=_TRAINING),
+    device: Device = _DEFAULT.device,
     backend: str = typer.Option(
         None,
         help="Kernels: reference, cpu, triton, cuda. (default: the best that runs)",
@@ -191,7 +190,7 @@ def train_sae(
         rich_help_panel=_TRAINING,
         show_default=False,
     ),
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT),
+    quiet: Quiet = False,
 ) -> None:
     """Train TopK sparse autoencoders on the o_proj inputs of a language model.
 
