@@ -32,15 +32,12 @@ demo: $(STAMPS)/package
 test: $(STAMPS)/package
 	$(BIN)/python -m pytest $(ARGS)
 
-# The tests that need a CUDA device, then the small ones of them under each tool of compute-sanitizer, where it is found.
-gpu: $(STAMPS)/package
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch finds no CUDA device")'
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH: left out" >&2; exit 0; }; \
-	for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-			$(BIN)/python -m pytest -m "gpu and sanitizer" $(ARGS) || exit 1; \
-	done
+# All that needs a GPU: build, value tests, benchmarks, compute-sanitizer. Whether there is one is asked before anything is
+# built; its result is kept below benches/results/gpu, where the README's table comes from.
+gpu:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no CUDA device" >&2; exit 1; }
+	@$(MAKE) --no-print-directory $(STAMPS)/package
+	$(BIN)/python -m benches.gpu --out gpu-run --keep $(ARGS)
 
 bench: $(STAMPS)/package
 	$(BIN)/python -m benches $(ARGS)

@@ -10,7 +10,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="i/n", help="every n-th of the tests, from the i-th (from 0) on")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k, or a part might have all that they leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if part := config.getoption("--part"):
+        first, step = map(int, part.split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
+        items[:] = items[first::step]
     if torch.cuda.is_available():
         return
     why = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device"

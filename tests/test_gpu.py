@@ -1,13 +1,11 @@
 """The public operators on a GPU, and the same test functions on the CPU back-end: the tests are known to be right.
 
 Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part of every run of the suite) and, marked
-gpu, `triton` and `cuda` (CUDA tensors; the latter has sparse_decode only). What has been run where: all tests on `cpu`;
-nothing here on a GPU yet (tests/triton has the kernels' tests in Triton's interpreter).
+gpu, `triton` and `cuda` (CUDA tensors; the latter has sparse_decode only). Which of them has passed on which GPU is in
+benches/results/gpu; tests/triton has the kernels' tests in Triton's interpreter.
 
-    make gpu                                   pytest -m gpu, then the tests marked sanitizer under compute-sanitizer
-    python -m pytest -m gpu                    the first half
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \\
-        python -m pytest -m "gpu and sanitizer"                          and the same with --tool racecheck
+    make gpu                                   all of them in several processes, some under compute-sanitizer, benchmarks
+    python -m pytest -m gpu                    these tests alone
 
 Tolerance: error against the fp64 reference at most twice that of plain PyTorch in the same dtype on the same device
 (three times for gradients and what follows from them) plus one rounding of the result. Small integers where mathematics

@@ -19,7 +19,7 @@ import typer
 
 from .. import machine
 from .stages import run, stages
-from .table import table
+from .table import KEPT, table
 
 
 def main(
@@ -27,10 +27,11 @@ def main(
     minutes: Annotated[float, typer.Option(min=1, help="All stages end by then.")] = 8.0,
     only: Annotated[str, typer.Option(help="Stages to run, by the beginning of their names, comma-separated.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="The first shape only.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the result below benches/results/gpu.")] = False,
     commit: Annotated[str, typer.Option(help="Of these files, where they are no git checkout.")] = "",
 ) -> None:
     if not torch.cuda.is_available():
-        raise SystemExit("benches.gpu: torch finds no CUDA device")
+        raise SystemExit("benches.gpu: there is no CUDA device (torch.cuda.is_available() is false)")
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -51,6 +52,11 @@ def main(
         result["versions"] = machine.describe_versions() if stage.name == "build" else result["versions"]
         print(f"{stage.name:30} {found['status']:24} {found['seconds']:6.1f} s", flush=True)
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    if keep:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        kept = KEPT / f"{machine.slug(result['machine'])}-{result['date'][:10]}.json"
+        kept.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"kept: {kept}")
     print("\n" + table(result))
     if any(found["status"] != "ok" for found in result["stages"].values()):
         raise SystemExit(1)

@@ -49,15 +49,17 @@ def sparse_step(x: Tensor, leaves: list[Tensor], k: int) -> Callable[[], Tensor]
     @torch.no_grad()
     def run() -> Tensor:
         we, wd = W_enc.to(x.dtype), W_dec.to(x.dtype)
-        bias = b_enc - we.float() @ b_dec if d < 256 else torch.addmv(b_enc, W_enc, b_dec, alpha=-1)
+        bias = torch.addmv(b_enc, W_enc, b_dec, alpha=-1)
         values, indices = torch.addmm(bias.to(x.dtype), x, we.T).relu_().topk(k, dim=1)
         flat = indices.flatten()
         x_hat = F.embedding_bag(indices, wd, mode="sum", per_sample_weights=values) + b_dec.to(x.dtype)
         e = x_hat - x
         g = e * (2 / n)
-        bag_of = flat_of.repeat_interleave(k)
-        dv = torch.ops.aten._embedding_bag_per_sample_weights_backward(g, wd, flat, starts, bag_of, 0).view(n, k)
-        dv = dv.mul_(values != 0)
+        # In fp32: this operator has no bf16 on CUDA.
+        dv = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            g.float(), W_dec, flat, starts, flat_of.repeat_interleave(k), 0
+        )
+        dv = dv.view(n, k).mul_(values != 0).to(x.dtype)
         torch._foreach_zero_([leaf.grad for leaf in leaves])
         centred = x - b_dec.to(x.dtype)
         for start in range(0, n, rows):

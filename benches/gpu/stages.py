@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -56,11 +55,17 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 
 
 def counts(text: str) -> dict[str, Any]:
-    """Passed, failed, skipped and the names of what failed, of pytest's last lines."""
+    """Passed, failed, skipped and the names of what failed: of pytest's last line, or of single tests' lines where it was
+    cut off."""
     found = dict.fromkeys(("passed", "failed", "skipped", "error"), 0)
     for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text.rstrip().splitlines()[-1]):
         found[word] = int(number)
-    return {**found, "names": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)}
+    single = re.findall(r"^(\S+::\S+) (PASSED|FAILED|SKIPPED|ERROR)", text, flags=re.MULTILINE)
+    if not any(found.values()):
+        for _, word in single:
+            found[word.lower()] += 1
+    names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
+    return {**found, "names": sorted({*names, *(name for name, word in single if word in ("FAILED", "ERROR"))})}
 
 
 def nothing(text: str) -> dict[str, Any]:
@@ -71,34 +76,44 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, "-u", *arguments]
 
 
-def pytest(*arguments: str, parallel: bool = False) -> list[str]:
-    workers = ["-n", str(min(12, os.cpu_count() or 1))] if parallel and importlib.util.find_spec("xdist") else []
-    return python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *workers, *arguments)
+def sanitizers() -> list[Stage]:
+    """The smallest tests under two tools of compute-sanitizer, where it is found; after the others, whose compiled
+    kernels they find in Triton's cache."""
+    if (tool := shutil.which("compute-sanitizer")) is None:
+        return []
+    tests = python("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no")
+    tests += ["-m", "gpu and sanitizer", "tests/test_gpu.py"]
+    return [
+        Stage(
+            check,
+            [tool, "--tool", check, "--error-exitcode", "1", "--target-processes", "application-only", *tests],
+            90,
+            counts,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+        for check in ("memcheck", "racecheck")
+    ]
 
 
 def stages(quick: bool) -> list[Stage]:
     """All of them, in the order in which they are worth their time."""
     build = {"RK_CUDA": "ON", "TORCH_CUDA_ARCH_LIST": architecture()}
-    values = pytest("-m", "gpu", "tests/test_gpu.py", "tests/test_cuda_compile.py", parallel=True)
     found = [
         Stage("build", python("setup.py", "build_ext", "--inplace"), 240, nothing, build),
         Stage("check", python("-m", "refusal_kernels.info", "--check", "--json"), 120, last_json),
-        Stage("values", values, 240, counts),
+        Stage("values", python("-m", "benches.gpu.values"), 150, counts),
     ]
     shapes = CANONICAL[:1] if quick else CANONICAL
     for shape in shapes:
         columns = "parts ours sparse dense" + (" compile" if shape == CANONICAL[0] and not quick else "")
         command = python("-m", "benches.gpu.sae", "--shape", shape, "--columns", columns)
         found.append(Stage(f"sae {shape}", command, 90, json_lines))
+        if shape == CANONICAL[0]:
+            found += sanitizers()
     found += [
         Stage("limits", python("-m", "benches.gpu.limits"), 60, json_lines),
         Stage("projection", python("-m", "benches.gpu.projection"), 60, json_lines),
     ]
-    if (tool := shutil.which("compute-sanitizer")) is not None:
-        tests = pytest("-m", "gpu and sanitizer", "tests/test_gpu.py")
-        for check in ("memcheck", "racecheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "1", *tests]
-            found.append(Stage(check, command, 150, counts, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     return found
 
 
