@@ -4,7 +4,7 @@ Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part o
 gpu, `triton` and `cuda` (CUDA tensors; the latter has sparse_decode only). Which of them has passed on which GPU is in
 benches/results/gpu; tests/triton has the kernels' tests in Triton's interpreter.
 
-    make gpu                                   all of them in several processes, some under compute-sanitizer, benchmarks
+    make gpu                                   all of them in several processes, compute-sanitizer, benchmarks
     python -m pytest -m gpu                    these tests alone
 
 Tolerance: error against the fp64 reference at most twice that of plain PyTorch in the same dtype on the same device

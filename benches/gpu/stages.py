@@ -55,8 +55,8 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 
 
 def counts(text: str) -> dict[str, Any]:
-    """Passed, failed, skipped and the names of what failed: of pytest's last line, or of single tests' lines where it was
-    cut off."""
+    """Passed, failed, skipped and the names of what failed: of pytest's last line, or of single tests where it was cut
+    off."""
     found = dict.fromkeys(("passed", "failed", "skipped", "error"), 0)
     for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text.rstrip().splitlines()[-1]):
         found[word] = int(number)
