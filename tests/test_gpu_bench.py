@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
 from benches import torch_paths  # noqa: E402
-from benches.gpu import peers, stages, values  # noqa: E402
+from benches.gpu import model, peers, stages, table, values  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
 
@@ -100,3 +101,57 @@ def test_the_sparse_contestant_takes_the_dense_ones_step(blocks: int, monkeypatc
     torch.testing.assert_close(step(), loss.detach())
     for leaf, other in zip(leaves, dense, strict=True):
         torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+CANONICAL = Shape(32768, 4096, 131072, 64)
+
+
+def test_the_model_counts_what_the_formulas_say() -> None:
+    """Written out at N 32768, d 4096, F 131072, k 64: 2^21 entries, rows of 2^13 bytes in bf16, 2^29 weights each."""
+    rows, entries = 2**13, 2**21
+    assert model.product_flops(CANONICAL) == 2 * 2**15 * 2**17 * 2**12
+    assert model.filter_bytes(CANONICAL) == 2**34
+    assert model.decode_bytes(CANONICAL) == entries * (rows + 10) + 2 * 2**15 * rows
+    assert model.transpose_bytes(CANONICAL) == 8 * entries * 12 + 8 * (2**17 + 1)
+    gathered = entries * (2 * rows + 10) + 2**17 * rows
+    assert model.gradient_gather_bytes(CANONICAL) == gathered
+    assert model.backward_bytes(CANONICAL) == gathered + 2 * 2**29 * 4
+    assert model.fused_optimizer_bytes(CANONICAL) == gathered + 2 * 2**29 * 26
+
+
+def test_predictions_follow_from_what_the_device_was_measured_to_do() -> None:
+    limits = [
+        {"name": "copy", "rate": 4000.0},
+        {"name": "bf16 product 8192^3", "rate": 800.0},
+        {"name": "out of memory", "error": "out of memory"},
+    ]
+    device = model.Device.of(limits)
+    assert device == model.Device(800.0, 4000.0)
+    assert model.Device.of(limits[:1]) is None
+    product = 2**45 / 800e12 * 1e3
+    assert model.predicted("product alone", CANONICAL, device) == pytest.approx(product)
+    encode = product + 2**34 / 5500e9 * 1e3
+    assert model.predicted("encode, ours", CANONICAL, device) == pytest.approx(encode)
+    moved = sum(f(CANONICAL) for f in (model.decode_bytes, model.transpose_bytes, model.fused_optimizer_bytes))
+    assert model.predicted("step, ours", CANONICAL, device) == pytest.approx(encode + moved / 4000e9 * 1e3)
+    assert model.predicted("step, dense", CANONICAL, device) is None
+
+
+def test_the_tables_show_the_prediction_beside_the_measurement() -> None:
+    entry = {"name": "product alone", "ms": 50.0, "extra_mb": 1.0}
+    limits = [
+        {"name": "copy", "rate": 4000.0, "unit": "GB/s"},
+        {"name": "bf16 product 8192^3", "rate": 800.0, "unit": "TFLOP/s"},
+    ]
+    result: dict[str, Any] = {
+        "machine": {"gpu": "A GPU"}, "versions": {"torch": "2"}, "commit": "c",
+        "stages": {
+            "sae 32768,4096,131072,64": {"status": "ok", "result": [entry, {"name": "step, dense", "error": "no"}]},
+            "limits": {"status": "ok", "result": limits},
+        },
+    }  # fmt: skip
+    assert "50.000 ms         1 MB  predicted 44 ms, 88 %" in table.table(result)
+    assert "| 32768, 4096, 131072, 64 | product alone | 44 | 50 | 88 % |" in table.against_roofline(result)
+    del result["stages"]["limits"]
+    assert "predicted" not in table.table(result)
+    assert table.against_roofline(result) == []

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..results import RESULTS
+from ..shapes import Shape
+from .model import Device, predicted
 
 KEPT = RESULTS / "gpu"
 
@@ -25,8 +27,22 @@ def table(result: dict[str, Any]) -> str:
             lines += [f"    {test}" for test in found["names"]]
         if isinstance(found, list) and found:
             lines.append(name)
-            lines += ["    " + row(entry) for entry in found]
+            lines += ["    " + row(entry) + expectation(result, name, entry) for entry in found]
     return "\n".join(lines)
+
+
+def device_of(result: dict[str, Any]) -> Device | None:
+    """What the run measured the device to do."""
+    return Device.of((result["stages"].get("limits") or {}).get("result") or [])
+
+
+def expectation(result: dict[str, Any], stage: str, entry: dict[str, Any]) -> str:
+    """ "  predicted 46.2 ms, 70 %" beside a measurement that has a model."""
+    device = device_of(result)
+    if device is None or "ms" not in entry or not stage.startswith("sae "):
+        return ""
+    ms = predicted(entry["name"], Shape.parse(stage.removeprefix("sae ")), device)
+    return "" if ms is None else f"  predicted {ms:.3g} ms, {100 * ms / entry['ms']:.0f} %"
 
 
 def row(entry: dict[str, Any]) -> str:
@@ -77,6 +93,7 @@ def block(result: dict[str, Any]) -> str:
         for key in ("step, ours", "step, dense"):
             shown.append(f"{found[key]['extra_mb'] / 1e3:.1f} GB" if key in ms else "–")
         lines.append(f"| {name.removeprefix('sae ').replace(',', ', ')} | " + " | ".join(shown) + " |")
+    lines += against_roofline(result)
     rows = (result["stages"].get("projection") or {}).get("result") or []
     if rows:
         lines += [
@@ -89,3 +106,27 @@ def block(result: dict[str, Any]) -> str:
         names = ("loop", "addmm", "ours", "ours, graph", "floor")
         lines.append(f"| {rank} | " + " | ".join(f"{ms[n]:.2f}" if n in ms else "–" for n in names) + " |")
     return "\n".join(lines)
+
+
+def against_roofline(result: dict[str, Any]) -> list[str]:
+    """A table of what the model of benches/gpu/model.py predicts for each part of a step, and what was measured."""
+    device = device_of(result)
+    if device is None:
+        return []
+    lines = [
+        "",
+        f"Against the roofline, from {device.tflops:.0f} TFLOP/s and {device.gbps / 1e3:.2f} TB/s measured in the same "
+        "run ([model](benches/gpu/model.py)):",
+        "",
+        "| N, d, F, k | part | predicted, ms | measured, ms | of the roofline |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, stage in result["stages"].items():
+        for entry in (stage["result"] or []) if name.startswith("sae ") else []:
+            shape = Shape.parse(name.removeprefix("sae "))
+            if "ms" in entry and (ms := predicted(entry["name"], shape, device)) is not None:
+                lines.append(
+                    f"| {', '.join(map(str, shape))} | {entry['name'].removesuffix(', ours')} | {ms:.3g} | "
+                    f"{entry['ms']:.3g} | {100 * ms / entry['ms']:.0f} % |"
+                )
+    return lines
