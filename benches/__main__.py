@@ -182,6 +182,14 @@ def keep_premises(heads: Path, features: Path) -> None:
         raise typer.Exit(1) from None
 
 
+@app.command("kernels")
+def kernel_table() -> None:
+    """Compiles every GPU kernel ahead of time and writes benches/kernels.md: registers, shared memory, instructions."""
+    from . import kernels
+
+    print(f"written: {kernels.write()}")
+
+
 @app.command()
 def plot(result: Path, svg: Path) -> None:
     """Draws a result file."""

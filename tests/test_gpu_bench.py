@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import torch_paths  # noqa: E402
+from benches import kernels, torch_paths  # noqa: E402
 from benches.gpu import model, peers, stages, table, values  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
@@ -155,3 +156,40 @@ def test_the_tables_show_the_prediction_beside_the_measurement() -> None:
     del result["stages"]["limits"]
     assert "predicted" not in table.table(result)
     assert table.against_roofline(result) == []
+
+
+def test_the_committed_kernel_table_has_every_configuration() -> None:
+    pytest.importorskip("triton")
+    from refusal_kernels.triton_kernels.registry import configurations
+
+    written = kernels.TABLE.read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([^`]+)` \|", written[written.index("## Triton") :], flags=re.MULTILINE)
+    labels = {configuration.label for configuration in configurations()}
+    missing = "compile it again: python -m benches kernels"
+    assert {label for label in listed if ".cu: " not in label} == labels, missing
+    assert {label.split(":")[0] for label in listed if ".cu: " in label} == {
+        path.name for path in (ROOT / "csrc/cuda").glob("*.cu")
+    }, missing
+    assert "stack" not in written[written.index("## Triton") :]
+    assert set(kernels.IN_A_STEP) <= labels
+
+
+def test_the_kernel_table_shows_what_the_compilers_report() -> None:
+    report = """ptxas info    : Compiling entry function '_Z3fooIfLi8EEvv' for 'sm_90a'
+ptxas info    : Function properties for _Z3fooIfLi8EEvv
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem
+"""
+    [kernel] = kernels.ptxas_report("a.cu", report)
+    assert kernel["label"] in ("a.cu: foo<float, 8>", "a.cu: _Z3fooIfLi8EEvv")
+    other = {
+        "label": "b[x]",
+        "capability": 90,
+        "registers": 7,
+        "shared": 512,
+        "stack": 0,
+        "matrix_instruction": "HGMMA",
+    }
+    shown = kernels.text([other], [kernel], "Triton 0")
+    assert "| `b[x]` | – | 7 / 0.5 HGMMA | – |" in shown
+    assert f"| `{kernel['label']}` | – | 40 / 2 **stack 16** | – | – |" in shown
