@@ -133,7 +133,7 @@ def text(triton: Sequence[dict[str, Any]], cuda: Sequence[dict[str, Any]], versi
         "",
         f"Written by `python -m benches kernels`; {versions}. Registers of a thread / KiB of shared memory of a "
         "program, and the matrix instruction where there is one; none has a stack frame unless it is named. "
-        "Configurations that differ from another in a dtype, an index type or a flag only are compiled for sm_90 alone.",
+        "Configurations that differ from another in a dtype, an index type or a flag only are compiled for sm_90.",
         "",
         "Predicted for the canonical step, N 32768, d 4096, F 131072, k 64, bf16, on an H200 of "
         f"{H200.tflops:.0f} TFLOP/s and {H200.gbps / 1e3:.2f} TB/s ([model](gpu/model.py)):",
