@@ -159,14 +159,76 @@ def check_decoder(op: str, values: Any, indices: Any, W_dec: Any, b_dec: Any) ->
     return n_latents, d
 
 
-def check_index_range(op: str, indices: torch.Tensor, n_latents: int) -> None:
+def check_csr_decoder(op: str, values: Any, latents: Any, offsets: Any, W_dec: Any, b_dec: Any) -> None:
+    """Checks values [nnz], latents [nnz], offsets [N + 1], W_dec [F, d] and b_dec [d] or None; shapes alone."""
+    check_tensor(op, "values", values, FLOAT_DTYPES)
+    check_tensor(op, "latents", latents, INDEX_DTYPES)
+    check_tensor(op, "offsets", offsets, INDEX_DTYPES)
+    check_tensor(op, "W_dec", W_dec, FLOAT_DTYPES)
+    for name, tensor, length in (("values", values, "nnz"), ("latents", latents, "nnz"), ("offsets", offsets, "N + 1")):
+        if tensor.dim() != 1:
+            raise ValueError(f"{op}: {name} must have shape [{length}], one dimension; got {describe(tensor)}")
+    if offsets.shape[0] == 0:
+        raise ValueError(f"{op}: offsets must have shape [N + 1], one more than there are rows; got shape (0,)")
+    if W_dec.dim() != 2 or 0 in W_dec.shape:
+        raise ValueError(f"{op}: W_dec must be a non-empty matrix [F, d]; got {describe(W_dec)}")
+    if latents.shape[0] != values.shape[0]:
+        raise ValueError(
+            f"{op}: latents must have the shape of values = {tuple(values.shape)}; got {tuple(latents.shape)}"
+        )
+    if b_dec is not None:
+        check_tensor(op, "b_dec", b_dec, FLOAT_DTYPES)
+        check_shape(op, "b_dec", b_dec, (W_dec.shape[1],), "[d]")
+    check_same_device(op, values=values, latents=latents, offsets=offsets, W_dec=W_dec, b_dec=b_dec)
+
+
+def check_threshold(op: str, threshold: Any, n_latents: int, x: torch.Tensor) -> torch.Tensor:
+    """`threshold` as a tensor [F] in the dtype that sums over x are accumulated in, on x's device; from a number that
+    is not NaN, a tensor [] or a tensor [F]. No gradient leads back to it."""
+    expected = f"a number that is not NaN, or a float tensor of shape [] or [F] = ({n_latents},)"
+    dtype = compute_dtype(x.dtype)
+    if isinstance(threshold, torch.Tensor):
+        check_tensor(op, "threshold", threshold, FLOAT_DTYPES)
+        if threshold.dim() != 0:
+            check_same_device(op, x=x, threshold=threshold)
+            if tuple(threshold.shape) != (n_latents,):
+                raise ValueError(f"{op}: threshold must be {expected}; got {describe(threshold)}")
+        elif threshold.device != x.device and threshold.device.type != "cpu":  # torch adds CPU scalars to anything, too
+            raise ValueError(f"{op}: threshold must be on the device of x, {x.device}; got {describe(threshold)}")
+        return threshold.detach().to(x.device, dtype).expand(n_latents)
+    number = check_number(op, "threshold", threshold, expected, lambda v: not math.isnan(v))
+    return torch.full((n_latents,), number, dtype=dtype, device=x.device)
+
+
+def check_index_range(
+    op: str, indices: torch.Tensor, n_latents: int, name: str = "indices", meaning: str = "F = W_dec.shape[0]"
+) -> None:
     """Every index is in [0, F). Reads the values, so it runs on the CPU only: a GPU would have to be waited for."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     low, high = (int(v) for v in torch.aminmax(indices))
     if low < 0 or high >= n_latents:
         raise ValueError(
-            f"{op}: indices must lie in [0, F) with F = W_dec.shape[0] = {n_latents}; got values from {low} to {high}"
+            f"{op}: {name} must lie in [0, F) with {meaning} = {n_latents}; got values from {low} to {high}"
+        )
+
+
+def check_offsets(op: str, offsets: torch.Tensor, entries: int) -> None:
+    """`offsets` [N + 1] begins with 0, never falls and ends with nnz. Reads the values: on the CPU only, as above."""
+    if offsets.device.type != "cpu":
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != entries:
+        raise ValueError(
+            f"{op}: offsets must begin with 0 and end with nnz = values.shape[0] = {entries}; "
+            f"got {first} at the beginning and {last} at the end"
+        )
+    falls = offsets[1:] < offsets[:-1]
+    if falls.any():
+        n = int(falls.nonzero()[0])
+        raise ValueError(
+            f"{op}: offsets must not decrease; got offsets[{n}] = {int(offsets[n])} before "
+            f"offsets[{n + 1}] = {int(offsets[n + 1])}"
         )
 
 

@@ -5,8 +5,12 @@ encoder is dense on purpose, with the [N, F] pre-activations that the kernels ex
 over the selected pairs (n, indices[n, j]) alone, as the kernels do: a product with the dense code matrix would carry
 an infinity or NaN into every other row, because 0 * inf is NaN. Shapes: x [N, d], W_enc and W_dec [F, d], b_enc [F],
 b_dec [d], values and indices [N, k]. Sums are accumulated in fp32 (fp64 for fp64 inputs) and rounded once at the end.
+A code whose rows have different lengths is in CSR form: values and latents [nnz], offsets [N + 1], and row n owns the
+entries offsets[n] .. offsets[n + 1].
 
-Source of the equations: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.2.
+Source of the equations: Gao et al., "Scaling and evaluating sparse autoencoders", arXiv 2406.04093, sections 2 and A.2;
+Bussmann et al., "BatchTopK sparse autoencoders", arXiv 2412.06410; Rajamanoharan et al., "Jumping ahead", arXiv
+2407.14435 (JumpReLU).
 The projection at the end takes tensors of any shape and strides.
 """
 
@@ -48,13 +52,19 @@ def _centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
     return x if b_dec is None else x - b_dec.to(x.dtype)
 
 
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+    """[N, F] in the compute dtype."""
+    ct = compute_dtype(x.dtype)
+    return _centred(x, b_dec) @ W_enc.to(ct).T + b_enc.to(ct)
+
+
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None) -> tuple[Tensor, Tensor]:
     """values [N, k], indices [N, k] int64: the k largest of relu((x - b_dec) W_enc^T + b_enc), ties to the lower index.
 
     A stable descending sort is the whole contract: NaN sorts first, zeros (and -0) tie and so fill up with the lowest
     unused indices.
     """
-    pre = _centred(x, b_dec) @ W_enc.to(compute_dtype(x.dtype)).T + b_enc.to(compute_dtype(x.dtype))
+    pre = _pre_activations(x, W_enc, b_enc, b_dec)
     ordered, order = torch.sort(torch.relu(pre), dim=1, descending=True, stable=True)
     return ordered[:, :k].to(x.dtype).contiguous(), order[:, :k].contiguous()
 
@@ -98,6 +108,106 @@ def sparse_decode_backward(
     g = grad.to(ct)
     dvalues = torch.gather(g @ W_dec.to(ct).T, 1, indices.long()).to(values.dtype) if need_values else None
     dW_dec = _scatter(values, indices, g, W_dec.shape[0]).to(W_dec.dtype) if need_W else None
+    return dvalues, dW_dec
+
+
+_ENTRIES = 1 << 14  # of a CSR code, whose rows [d] are in memory at once
+
+
+def rows_of(offsets: Tensor, entries: int) -> Tensor:
+    """[nnz] int64: the row of every entry."""
+    lengths = offsets[1:] - offsets[:-1]
+    return torch.arange(lengths.numel(), device=offsets.device).repeat_interleave(lengths, output_size=entries)
+
+
+def _sum_entries(weights: Tensor, sources: Tensor, targets: Tensor, rows: Tensor, n_targets: int) -> Tensor:
+    """[n_targets, d]: row t is the sum of weights[i] rows[sources[i]] over the entries i with targets[i] = t."""
+    ct = compute_dtype(rows.dtype)
+    total = torch.zeros(n_targets, rows.shape[1], dtype=ct, device=rows.device)
+    for weight, source, target in zip(*(t.split(_ENTRIES) for t in (weights, sources, targets)), strict=True):
+        part = weight.to(ct)[:, None] * rows[source].to(ct)
+        if total.is_cuda:  # in a fixed order: index_add_ would use atomics there
+            total.index_put_((target,), part, accumulate=True)
+        else:
+            total.index_add_(0, target, part)
+    return total
+
+
+def _csr(pre: Tensor, flat: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The CSR code of pre [N, F] at the ascending positions `flat` = n F + latent."""
+    n, n_latents = pre.shape
+    starts = torch.arange(n + 1, device=pre.device) * n_latents
+    return pre.flatten()[flat].to(dtype), flat % n_latents, torch.searchsorted(flat, starts)
+
+
+def batch_topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values, latents [nnz], offsets [N + 1]: the N k largest of relu((x - b_dec) W_enc^T + b_enc) in the whole batch,
+    ties to the lower position n F + latent, NaN first; those of value 0 (in x's dtype) are left out."""
+    pre = _pre_activations(x, W_enc, b_enc, b_dec)
+    order = torch.sort(torch.relu(pre).flatten(), descending=True, stable=True).indices[: x.shape[0] * k]
+    best = pre.flatten()[order].to(x.dtype)
+    return _csr(pre, order[(best > 0) | best.isnan()].sort().values, x.dtype)
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values, latents [nnz], offsets [N + 1]: the pre-activations above both 0 (in x's dtype) and threshold [F], and
+    every NaN."""
+    pre = _pre_activations(x, W_enc, b_enc, b_dec)
+    keep = (pre > threshold.to(pre.dtype)) & (pre.to(x.dtype) > 0) | pre.isnan()
+    return _csr(pre, keep.flatten().nonzero().squeeze(1), x.dtype)
+
+
+def csr_encode_backward(
+    grad_values: Tensor,
+    latents: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    b_dec: Tensor | None,
+    need_x: bool,
+    need_W: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(dx [N, d] or None, dW_enc [F, d] or None, db_enc [F]) of a code that an encoder gave: no value of it is 0."""
+    n_latents, rows = W_enc.shape[0], rows_of(offsets, latents.numel())
+    dx = _sum_entries(grad_values, latents, rows, W_enc, x.shape[0]).to(x.dtype) if need_x else None
+    dW_enc = None
+    if need_W:
+        dW_enc = _sum_entries(grad_values, rows, latents, _centred(x, b_dec), n_latents).to(W_enc.dtype)
+    one = torch.ones(1, 1, dtype=compute_dtype(x.dtype), device=x.device)
+    db_enc = _sum_entries(grad_values, torch.zeros_like(latents), latents, one, n_latents).squeeze(1)
+    return dx, dW_enc, db_enc
+
+
+def sparse_decode_csr(values: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """x_hat [N, d]: the sum of values_i W_dec[latents_i] over the entries i of row n, + b_dec."""
+    n = offsets.numel() - 1
+    x_hat = _sum_entries(values, latents, rows_of(offsets, latents.numel()), W_dec, n)
+    return (x_hat if b_dec is None else x_hat + b_dec.to(x_hat.dtype)).to(W_dec.dtype)
+
+
+def sparse_decode_csr_backward(
+    grad: Tensor,
+    values: Tensor,
+    latents: Tensor,
+    offsets: Tensor,
+    W_dec: Tensor,
+    need_values: bool,
+    need_W: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dvalues [nnz] = <grad_n, W_dec[latents_i]> or None, dW_dec [F, d] or None)."""
+    ct = compute_dtype(W_dec.dtype)
+    rows, g = rows_of(offsets, latents.numel()), grad.to(ct)
+    dvalues = dW_dec = None
+    if need_values:
+        dvalues = torch.empty_like(values)
+        for part, row, latent in zip(*(t.split(_ENTRIES) for t in (dvalues, rows, latents)), strict=True):
+            part.copy_((g[row] * W_dec[latent].to(ct)).sum(1))
+    if need_W:
+        dW_dec = _sum_entries(values, rows, latents, g, W_dec.shape[0]).to(W_dec.dtype)
     return dvalues, dW_dec
 
 

@@ -12,7 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import ProjectionPlan, SAEAdam, last_backend, project_out, sae_step, sparse_decode, topk_encode
+from . import (
+    ProjectionPlan,
+    SAEAdam,
+    batch_topk_encode,
+    last_backend,
+    project_out,
+    sae_step,
+    sparse_decode,
+    sparse_decode_csr,
+    threshold_encode,
+    topk_encode,
+)
 
 N, D, F, K = 24, 40, 96, 7
 TOLERANCE = 1e-4
@@ -70,6 +81,41 @@ def _sparse_decode(backend: str, device: str, dtype: torch.dtype) -> Results:
     W_dec = _leaf(F, D, seed=8, device=device, dtype=dtype)
     b_dec = _leaf(D, seed=9, device=device, dtype=dtype)
     x_hat = sparse_decode(values, indices, W_dec, b_dec, backend=backend)
+    x_hat.backward(_integers(N, D, seed=10, device=device, dtype=dtype))
+    return {"x_hat": x_hat, **_gradients(values=values, W_dec=W_dec, b_dec=b_dec)}
+
+
+def _batch_topk_encode(backend: str, device: str, dtype: torch.dtype) -> Results:
+    return _csr_encode(batch_topk_encode, K, backend, device, dtype)
+
+
+def _threshold_encode(backend: str, device: str, dtype: torch.dtype) -> Results:
+    threshold = _integers(F, seed=14, device=device, dtype=dtype) * 4
+    return _csr_encode(threshold_encode, threshold, backend, device, dtype)
+
+
+def _csr_encode(
+    encode: Callable[..., tuple[Tensor, ...]], choice: int | Tensor, backend: str, device: str, dtype: torch.dtype
+) -> Results:
+    x = _leaf(N, D, seed=1, device=device, dtype=dtype)
+    W_enc = _leaf(F, D, seed=2, device=device, dtype=dtype)
+    b_enc = _leaf(F, seed=3, device=device, dtype=dtype)
+    b_dec = _leaf(D, seed=4, device=device, dtype=dtype)
+    values, latents, offsets = encode(x, W_enc, b_enc, choice, b_dec, backend=backend)
+    values.backward(_integers(*values.shape, seed=5, device=device, dtype=dtype))
+    results = {"values": values, "latents": latents.to(dtype), "offsets": offsets.to(dtype)}
+    return results | _gradients(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+
+
+def _sparse_decode_csr(backend: str, device: str, dtype: torch.dtype) -> Results:
+    """Rows of 0 to N - 1 entries."""
+    nnz = N * (N - 1) // 2
+    values = _leaf(nnz, seed=6, device=device, dtype=dtype)
+    latents = torch.randint(0, F, (nnz,), generator=torch.Generator().manual_seed(7)).to(device)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(N).cumsum(0)]).to(device)
+    W_dec = _leaf(F, D, seed=8, device=device, dtype=dtype)
+    b_dec = _leaf(D, seed=9, device=device, dtype=dtype)
+    x_hat = sparse_decode_csr(values, latents, offsets, W_dec, b_dec, backend=backend)
     x_hat.backward(_integers(N, D, seed=10, device=device, dtype=dtype))
     return {"x_hat": x_hat, **_gradients(values=values, W_dec=W_dec, b_dec=b_dec)}
 
@@ -136,6 +182,9 @@ def _gradients(**leaves: Tensor) -> Results:
 CHECKS: dict[str, tuple[Callable[[str, str, torch.dtype], Results], bool, tuple[str, ...]]] = {
     "topk_encode": (_topk_encode, True, ("topk_encode", "topk_encode_backward")),
     "sparse_decode": (_sparse_decode, True, ("sparse_decode", "sparse_decode_backward")),
+    "batch_topk_encode": (_batch_topk_encode, True, ("batch_topk_encode", "batch_topk_encode_backward")),
+    "threshold_encode": (_threshold_encode, True, ("threshold_encode", "threshold_encode_backward")),
+    "sparse_decode_csr": (_sparse_decode_csr, True, ("sparse_decode_csr", "sparse_decode_csr_backward")),
     "sae_step": (_sae_step, False, ("sae_step",)),
     "sae_adam": (_sae_adam, False, ("sae_adam",)),
     "project_out": (_project_out, True, ("project_out", "project_out_backward")),

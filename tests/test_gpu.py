@@ -306,6 +306,61 @@ def test_adam(backend, device, d, max_grad_norm, plain):
         close(actual, exact, own, 3)
 
 
+# --- codes whose rows have different lengths ------------------------------------------------------------------------
+
+
+@everywhere
+@every_dtype
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k"), [(5, 5, 77, 3), (300, 64, 9000, 70), (4, 16, 61, 61), (0, 8, 64, 4)]
+)
+def test_csr_encoders_are_exact_on_ties(backend, device, dtype, n, d, n_latents, k):
+    x, W, b, b_dec = integers(n, d, dtype=dtype), integers(n_latents, d, dtype=dtype), integers(n_latents), integers(d)
+    inputs = [t.to(device) for t in (x, W, b, b_dec)]
+    threshold = integers(n_latents) * 3
+    for code, want in (
+        (
+            rk.batch_topk_encode(*inputs[:3], k, inputs[3], backend=backend),
+            reference.batch_topk_encode(*double(x, W, b), k, b_dec.double()),
+        ),
+        (
+            rk.threshold_encode(*inputs[:3], threshold.to(device), inputs[3], backend=backend),
+            reference.threshold_encode(*double(x, W, b, threshold), b_dec.double()),
+        ),
+    ):
+        assert torch.equal(code[0].cpu(), want[0].to(dtype))
+        assert torch.equal(code[1].cpu(), want[1])
+        assert torch.equal(code[2].cpu(), want[2])
+    ran(backend, "batch_topk_encode", "threshold_encode")
+
+
+@everywhere
+@every_dtype
+@pytest.mark.parametrize(("n", "d", "n_latents"), [(70, 130, 1025), (900, 72, 60), (5, 9000, 40)])
+def test_csr_decode_and_gradients(backend, device, dtype, n, d, n_latents):
+    """Rows of 0 to 12 entries, one latent in half of them, and the encoder's gradients of the same code."""
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(0, 13, (n,)).cumsum(0)])
+    latents = torch.randint(0, n_latents, (int(offsets[-1]),))
+    latents[::2] = 3
+    start = torch.randn(latents.numel()), torch.randn(n_latents, d) / d**0.5, torch.randn(d)
+    leaves = [t.to(device, u).requires_grad_() for t, u in zip(start, (dtype, dtype, torch.float32), strict=True)]
+    values, W, b_dec = (leaf.detach() for leaf in leaves)
+    grad, code = torch.randn(n, d).to(device, dtype), (latents.to(device), offsets.to(device))
+    x_hat = rk.sparse_decode_csr(leaves[0], *(t.int() for t in code), *leaves[1:], backend=backend)
+    x_hat.backward(grad)
+    ran(backend, "sparse_decode_csr", "sparse_decode_csr_backward")
+    exact = reference.sparse_decode_csr(*double(values, *code, W, b_dec))
+    close(x_hat.detach(), exact, reference.sparse_decode_csr(values, *code, W, b_dec), 2)
+    own = reference.sparse_decode_csr_backward(grad, values, *code, W, True, True)
+    exacts = reference.sparse_decode_csr_backward(*double(grad, values, *code, W), True, True)
+    encoder = rk.backends.BACKENDS[backend].primitive("csr_encode_backward")
+    got = [leaves[0].grad, leaves[1].grad, *encoder(values, *code, grad, W, b_dec, True, True)]
+    own += reference.csr_encode_backward(values, *code, grad, W, b_dec, True, True)
+    exacts += reference.csr_encode_backward(*double(values, *code, grad, W, b_dec), True, True)
+    for actual, e, o in zip(got, exacts, own, strict=True):
+        close(actual, e, o, 3)
+
+
 # --- what a value test does not see ---------------------------------------------------------------------------------
 
 

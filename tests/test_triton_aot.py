@@ -51,8 +51,10 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
     from refusal_kernels.triton_kernels import (
         adam,
         backward,
+        backward_csr,
         decode,
         encode,
+        encode_csr,
         lora_projection,
         projection,
         registry,
@@ -73,10 +75,12 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
     registered = {configuration.kernel.__name__ for configuration in registry.configurations()}
     written = {
         name
-        for module in (encode, decode, backward, adam, sae_adam, projection, lora_projection)
+        for module in (
+            encode, encode_csr, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection,
+        )
         for name in vars(module)
         if name.endswith("_kernel")
-    }
+    }  # fmt: skip
     assert registered == written
 
 

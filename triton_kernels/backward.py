@@ -256,6 +256,8 @@ def _rows_configurations(name: str, order: str) -> Iterator[Configuration]:
     # Form: dtypes of the coefficients and of the sum, (ROWS, HAS_BIAS, SUM, ACCUMULATE), widths.
     forms = {
         "encoder": (name, name, (True, True, True, False), ROWS_BLOCKS),
+        "csr encoder": (name, name, (True, True, True, False), ROWS_BLOCKS),
+        "csr decoder": (name, name, (True, False, False, False), ROWS_BLOCKS),
         "encoder-bias": (name, name, (True, False, True, False), ROWS_BLOCKS),
         "decoder": (name, name, (True, False, False, False), ROWS_BLOCKS),
         "wide decoder +=": (name, "fp32", (True, False, False, True), ROWS_BLOCKS[-1:]),
@@ -275,9 +277,14 @@ def _rows_configurations(name: str, order: str) -> Iterator[Configuration]:
                     **pointers(name, "rows"),
                     **pointers(coefficient, "coefficients"),
                     **pointers(out, "out"),
+                    **pointers("i32", "tokens"),
                     **pointers("fp32", "b_dec", "scale", "db", "part", "part_db"),
                 },
-                with_flags(block, **dict(zip(("ROWS", "HAS_BIAS", "SUM", "ACCUMULATE"), flags, strict=True))),
+                with_flags(
+                    block,
+                    CSR=form.startswith("csr"),
+                    **dict(zip(("ROWS", "HAS_BIAS", "SUM", "ACCUMULATE"), flags, strict=True)),
+                ),
                 ("k", "d"),
                 variant=form != "encoder" or order == "i64",
             )

@@ -33,8 +33,15 @@ class CSC(NamedTuple):
     segment_latent: Tensor  # [max_segments] int64: the hot latent of each segment, F where there is none
 
 
+def tokens_of(offsets: Tensor, entries: int) -> Tensor:
+    """[nnz] int32: the row of every entry of a CSR code with offsets [N + 1], N < 2^31. Waits for nothing."""
+    n = offsets.numel() - 1
+    rows = torch.arange(n, dtype=torch.int32, device=offsets.device)
+    return rows.repeat_interleave(offsets[1:] - offsets[:-1], output_size=entries)
+
+
 def csc_from_indices(indices: Tensor, n_latents: int, segment: int) -> CSC:
-    """CSC of indices [N, k] (int32 or int64, each in [0, F)), with hot latents cut every `segment` entries."""
+    """CSC of indices [N, k] or [nnz] (int32 or int64, each in [0, F)), with hot latents cut every `segment` entries."""
     # 32-bit keys halve the radix passes of 64-bit ones.
     latents, order = torch.sort(indices.reshape(-1).to(torch.int32), stable=True)
     if order.numel() < 2**31:

@@ -1,7 +1,7 @@
-"""sparse_decode and decode_residual: the weighted sum of k rows of W_dec per token, with bias, residual and loss in
-the pass.
+"""sparse_decode, sparse_decode_csr, decode_residual: the weighted sum of rows of W_dec per token, with bias, residual
+and loss in the pass.
 
-    x_hat_n = sum_j values_nj W_dec[indices_nj] + b_dec
+    x_hat_n = sum_j values_nj W_dec[indices_nj] + b_dec      (CSR: over the entries offsets[n] .. offsets[n + 1])
     e_n = x_hat_n - x_n,  sq_n = ||e_n||^2                (decode_residual)
 
 One program computes BLOCK_D columns of one token: UNROLL rows of W_dec are in flight at once, each slot keeps its own
@@ -29,18 +29,23 @@ from .launch import Configuration, Tiles, integers, next_power_of_2, on_device, 
 
 @triton.jit
 def _decode_kernel(
-    values_ptr, indices_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, sq_ptr, k, d,
-    HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
+    values_ptr, indices_ptr, offsets_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, sq_ptr, k, d,
+    CSR: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = column < d
     slot = tl.arange(0, UNROLL)
-    values_ptr += token * k
-    indices_ptr += token * k
+    begin = token * k
+    entries = k
+    if CSR:
+        begin = tl.load(offsets_ptr + token)
+        entries = (tl.load(offsets_ptr + token + 1) - begin).to(tl.int32)
+    values_ptr += begin
+    indices_ptr += begin
     sums = tl.zeros([UNROLL, BLOCK_D], dtype=tl.float32)
-    for start in range(0, k, UNROLL):
-        used = start + slot < k
+    for start in range(0, entries, UNROLL):
+        used = start + slot < entries
         latent = tl.load(indices_ptr + start + slot, mask=used, other=0).to(tl.int64)
         value = tl.load(values_ptr + start + slot, mask=used, other=0.0).to(tl.float32)
         rows = tl.load(w_ptr + latent[:, None] * d + column[None, :], mask=used[:, None] & live[None, :], other=0.0)
@@ -59,15 +64,15 @@ def _decode_kernel(
 _BLOCKS = ((128, 8, 1), (256, 4, 1))
 
 
-def _decode_tiles(block: tuple[int, int, int], has_bias: bool, residual: bool) -> Tiles:
-    constexprs = {"HAS_BIAS": has_bias, "RESIDUAL": residual, "BLOCK_D": block[0], "UNROLL": block[1]}
+def _decode_tiles(block: tuple[int, int, int], has_bias: bool, residual: bool, csr: bool) -> Tiles:
+    constexprs = {"CSR": csr, "HAS_BIAS": has_bias, "RESIDUAL": residual, "BLOCK_D": block[0], "UNROLL": block[1]}
     return Tiles(constexprs, block[2])
 
 
-def decode_tiles(d: int, has_bias: bool, residual: bool) -> Tiles:
+def decode_tiles(d: int, has_bias: bool, residual: bool, csr: bool = False) -> Tiles:
     """The widest block that d fills; wider d takes several of the widest."""
     width = min(next_power_of_2(d), _BLOCKS[-1][0])
-    return _decode_tiles(next(b for b in _BLOCKS if b[0] >= width), has_bias, residual)
+    return _decode_tiles(next(b for b in _BLOCKS if b[0] >= width), has_bias, residual, csr)
 
 
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -86,7 +91,26 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
     grid = (n, triton.cdiv(d, tiles.constexprs["BLOCK_D"]))
     with on_device(W_dec):
         # Pointers that the flags leave unused are given some tensor of the right type.
-        _decode_kernel[grid](values, indices, W_dec, b_dec, out, out, None, k, d, **tiles.options())
+        _decode_kernel[grid](values, indices, None, W_dec, b_dec, out, out, None, k, d, **tiles.options())
+    return out
+
+
+def sparse_decode_csr(values: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """x_hat [N, d] in W_dec's dtype.
+
+    values [nnz]; latents [nnz] int64 in [0, F); offsets [N + 1] int64; W_dec [F, d]; b_dec [d] fp32 or None. A row's
+    entries are added in their order by one program: the longest row decides when the last program ends.
+
+    Equivalent to: the product of the CSR matrix (values, latents, offsets) and W_dec, + b_dec, accumulated in fp32.
+    """
+    n, d = offsets.numel() - 1, W_dec.shape[1]
+    out = torch.empty(n, d, dtype=W_dec.dtype, device=W_dec.device)
+    if n == 0:
+        return out
+    tiles = decode_tiles(d, b_dec is not None, residual=False, csr=True)
+    grid = (n, triton.cdiv(d, tiles.constexprs["BLOCK_D"]))
+    with on_device(W_dec):
+        _decode_kernel[grid](values, latents, offsets, W_dec, b_dec, out, out, None, 0, d, **tiles.options())
     return out
 
 
@@ -105,29 +129,31 @@ def decode_residual(
     sq = torch.empty(n, blocks, dtype=torch.float32, device=x.device)
     if n > 0:
         with on_device(x):
-            _decode_kernel[(n, blocks)](values, indices, W_dec, b_dec, x, e, sq, k, d, **tiles.options())
+            _decode_kernel[(n, blocks)](values, indices, None, W_dec, b_dec, x, e, sq, k, d, **tiles.options())
     return e, sq.sum(1)
 
 
 def configurations() -> Iterator[Configuration]:
     """The kernel at every width in every dtype: sparse_decode for either index type, decode_residual for the int64 of
-    topk_encode; with and without bias."""
-    forms = [("i64", True, True), ("i64", False, True)]
-    forms += [(index, has_bias, False) for index in ("i64", "i32") for has_bias in (True, False)]
+    topk_encode, sparse_decode_csr for the int64 that every CSR code has here; with and without bias."""
+    forms = [("i64", has_bias, residual) for has_bias in (True, False) for residual in ("+residual", "+csr")]
+    forms += [(index, has_bias, "") for index in ("i64", "i32") for has_bias in (True, False)]
     for name in ("bf16", "fp16", "fp32"):
         for block in _BLOCKS:
-            for index, has_bias, residual in forms:
-                flags = ("+bias" if has_bias else "") + ("+residual" if residual else "")
+            for index, has_bias, form in forms:
+                flags = ("+bias" if has_bias else "") + form
+                main = block == _BLOCKS[-1] or (has_bias and form == "+residual")
                 yield Configuration(
                     _decode_kernel,
                     f"decode[{name},{index},{block[0]}{flags}]",
                     {
                         **pointers(name, "values", "w", "x", "out"),
                         **pointers(index, "indices"),
+                        **pointers("i64", "offsets"),
                         **pointers("fp32", "bias", "sq"),
                         **integers("k", "d"),
                     },
-                    _decode_tiles(block, has_bias, residual),
+                    _decode_tiles(block, has_bias, form == "+residual", form == "+csr"),
                     ("k", "d"),
-                    variant=index == "i32" or not ((has_bias and residual) or block == _BLOCKS[-1]),
+                    variant=not main or index == "i32" or (form == "+csr" and not (has_bias and name == "bf16")),
                 )

@@ -55,7 +55,7 @@ from .launch import Configuration, Tiles, integers, next_power_of_2, on_device, 
 
 
 @triton.jit
-def _rank_bits(pre):
+def rank_bits(pre):
     """Non-negative int32 that orders like relu(pre): -0 and negatives are 0, NaN is above infinity."""
     bits = tl.where(pre > 0, pre.to(tl.int32, bitcast=True), 0)
     return tl.where(pre != pre, 0x7FFFFFFF, bits)
@@ -162,7 +162,7 @@ def _filter_kernel(
         ahead = column + STEP
         next_pre = tl.load(pre_ptr + ahead, mask=ahead < columns, other=0.0)
         next_bias = tl.load(bias_ptr + ahead, mask=ahead < columns, other=0.0)
-        bits = tl.where(live, _rank_bits(pre), -1)
+        bits = tl.where(live, rank_bits(pre), -1)
         keep = bits > limit
         found = tl.sum(keep.to(tl.int32))
         finish = start >= columns
@@ -196,7 +196,7 @@ def _pack_kernel(pre_ptr, bias_ptr, keys_ptr, columns, first, k, width, BLOCK: t
     live = column < columns
     pre = tl.load(pre_ptr + row * columns + column, mask=live, other=0.0)
     pre += tl.load(bias_ptr + first + column, mask=live, other=0.0)
-    tl.store(keys_ptr + row * width + k + column, _key(_rank_bits(pre), first + column), mask=live)
+    tl.store(keys_ptr + row * width + k + column, _key(rank_bits(pre), first + column), mask=live)
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def _has_mm_with_fp32_output() -> bool:
     return hasattr(torch.ops.aten.mm, "dtype_out")
 
 
-def _project(x: Tensor, W: Tensor, out: Tensor) -> None:
+def project(x: Tensor, W: Tensor, out: Tensor) -> None:
     """out [R, C] fp32 = x [R, d] W [C, d]^T, by cuBLAS where it can write fp32 from these operands, else by Triton."""
     if x.is_cuda and x.dtype == torch.float32:
         torch.mm(x, W.T, out=out)
@@ -270,7 +270,38 @@ def pivot_of(x: Tensor, b_dec: Tensor) -> Tensor:
     return pivot
 
 
-def _chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
+def centring(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """(what is subtracted from the rows before the product, or None; bias [F] fp32 that is added to it)."""
+    if b_dec is None or x.dtype == torch.float32:
+        return b_dec, b_enc
+    shift = pivot_of(x, b_dec)
+    bias = torch.empty_like(b_enc)
+    n_latents, d = W_enc.shape
+    grid = (triton.cdiv(n_latents, _BIAS.constexprs["BLOCK_F"]),)
+    _fold_bias_kernel[grid](W_enc, b_enc, b_dec - shift, bias, n_latents, d, **_BIAS.options())
+    return shift, bias
+
+
+def chunks(
+    x: Tensor, W_enc: Tensor, shift: Tensor | None, rows: int, columns: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, first latent, pre [r, c] fp32 without bias) of every chunk, all latents of a block of rows before the
+    next block. `pre` lives in one buffer: the next chunk overwrites it."""
+    buffer = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
+    centred = torch.empty(rows if shift is not None else 0, x.shape[1], dtype=x.dtype, device=x.device)
+    for top in range(0, x.shape[0], rows):
+        block = x[top : top + rows]
+        r = block.shape[0]
+        if shift is not None:
+            block = torch.sub(block, shift, out=centred[:r])
+        for first in range(0, W_enc.shape[0], columns):
+            w = W_enc[first : first + columns]
+            pre = buffer[: r * w.shape[0]].view(r, w.shape[0])
+            project(block, w, pre)
+            yield top, first, pre
+
+
+def chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
     """(R, C): rows and latents of one chunk. The fp32 buffer takes about half of the L2, which the operands share; for
     short rows, whose products are shorter than a launch, up to `_LARGEST_BUFFER`."""
     l2_bytes = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else 1 << 20
@@ -301,51 +332,36 @@ def topk_encode(
 
     Equivalent to: torch.sort(torch.relu((x - b_dec) @ W_enc.T + b_enc), descending=True, stable=True), first k columns.
     """
-    n, d = x.shape
-    n_latents = W_enc.shape[0]
+    n, n_latents = x.shape[0], W_enc.shape[0]
     values = torch.empty(n, k, dtype=x.dtype, device=x.device)
     indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0:
         return values, indices
-    rows, columns = chunk or _chunk_shape(x, n_latents, k)
+    rows, columns = chunk or chunk_shape(x, n_latents, k)
     rows, columns = min(rows, n), min(columns, n_latents)
     lists = list_tiles(k)
     with on_device(x):
-        buffer = torch.empty(rows * columns, dtype=torch.float32, device=x.device)
-        bias, shift = b_enc, b_dec
-        centred = torch.empty(rows if shift is not None else 0, d, dtype=x.dtype, device=x.device)
-        if b_dec is not None and x.dtype != torch.float32:
-            shift = pivot_of(x, b_dec)
-            bias = torch.empty_like(b_enc)
-            grid = (triton.cdiv(n_latents, _BIAS.constexprs["BLOCK_F"]),)
-            _fold_bias_kernel[grid](W_enc, b_enc, b_dec - shift, bias, n_latents, d, **_BIAS.options())
+        shift, bias = centring(x, W_enc, b_enc, b_dec)
         width = k + columns if lists is None else lists.constexprs["CAPACITY"]
         keys = torch.empty(rows, width, dtype=torch.int64, device=x.device)
         count = torch.empty(rows, dtype=torch.int32, device=x.device)
         limit = torch.empty(rows, dtype=torch.int32, device=x.device)
-        for top in range(0, n, rows):
-            block = x[top : top + rows]
-            r = block.shape[0]
-            if shift is not None:
-                block = torch.sub(block, shift, out=centred[:r])
-            if lists is None:
-                keys[:, :k] = -1
-            for first in range(0, n_latents, columns):
-                c = min(columns, n_latents - first)
-                pre = buffer[: r * c].view(r, c)
-                _project(block, W_enc[first : first + c], pre)
-                if lists is not None:
-                    last = int(first + c == n_latents)
-                    _filter_kernel[(r,)](pre, bias, keys, count, limit, c, first, last, k, **lists.options())
-                else:
-                    pack_grid = (r, triton.cdiv(c, _PACK.constexprs["BLOCK"]))
-                    _pack_kernel[pack_grid](pre, bias, keys, c, first, k, width, **_PACK.options())
-                    # -1 at first, all different afterwards: which of equal keys is taken cannot matter.
-                    keys[:r, :k] = torch.topk(keys[:r, : k + c], k, dim=1, sorted=True).values
-            unpack_grid = (r, triton.cdiv(k, _UNPACK.constexprs["BLOCK"]))
-            _unpack_kernel[unpack_grid](
-                keys, values[top : top + r], indices[top : top + r], k, width, **_UNPACK.options()
-            )
+        for top, first, pre in chunks(x, W_enc, shift, rows, columns):
+            r, c = pre.shape
+            if lists is not None:
+                last = int(first + c == n_latents)
+                _filter_kernel[(r,)](pre, bias, keys, count, limit, c, first, last, k, **lists.options())
+            else:
+                if first == 0:
+                    keys[:, :k] = -1
+                pack_grid = (r, triton.cdiv(c, _PACK.constexprs["BLOCK"]))
+                _pack_kernel[pack_grid](pre, bias, keys, c, first, k, width, **_PACK.options())
+                # -1 at first, all different afterwards: which of equal keys is taken cannot matter.
+                keys[:r, :k] = torch.topk(keys[:r, : k + c], k, dim=1, sorted=True).values
+            if first + c == n_latents:
+                unpack_grid = (r, triton.cdiv(k, _UNPACK.constexprs["BLOCK"]))
+                block = slice(top, top + r)
+                _unpack_kernel[unpack_grid](keys, values[block], indices[block], k, width, **_UNPACK.options())
     return values, indices
 
 

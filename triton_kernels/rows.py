@@ -6,6 +6,9 @@
 Entries come from a stable CSC of the indices (csc.py), so a latent's tokens are added in ascending order, the same
 bits every time, without atomics: whoever owns a latent adds up its row alone.
 
+An entry's row is its number divided by k; of a CSR code, whose rows have different lengths, it is read from `tokens`
+[nnz] (csc.py).
+
 A hot latent (more than `segment` entries) is worked on by several programs. Each writes its partial row to a
 workspace and `combine_kernel` adds the parts in order. Programs of hot segments come first in the grid, so the
 longest work starts first. latents.py divides its work in the same way, with the same helpers.
@@ -57,9 +60,9 @@ def emit(out_row, part_row, column, live, row, hot, ACCUMULATE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["segments", "segment", "n_latents"])
 def rows_kernel(
-    rows_ptr, coefficients_ptr, order_ptr, offsets_ptr, ends_ptr, segment_latent_ptr, b_dec_ptr, scale_ptr,
+    rows_ptr, coefficients_ptr, order_ptr, offsets_ptr, ends_ptr, segment_latent_ptr, tokens_ptr, b_dec_ptr, scale_ptr,
     out_ptr, db_ptr, part_ptr, part_db_ptr, k, d, n_latents, segments, segment,
-    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, ACCUMULATE: tl.constexpr,
+    CSR: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """out[f] = scale * sum of c_nj (rows_n - b_dec) in BLOCK_D columns, and (SUM) db[f] = scale * sum of c_nj."""
@@ -82,7 +85,11 @@ def rows_kernel(
             if SUM:
                 db += tl.sum(c)
             if ROWS:
-                source = (entry // k).to(tl.int64)[:, None] * d + column[None, :]
+                if CSR:
+                    token = tl.load(tokens_ptr + entry, mask=used, other=0)
+                else:
+                    token = entry // k
+                source = token.to(tl.int64)[:, None] * d + column[None, :]
                 read = used
                 if SUM:
                     # The encoder's gradient: fillers have none, and 0 times an infinity in their row would be NaN.
@@ -159,17 +166,26 @@ def launch_rows(
     out: Tensor | None,
     db: Tensor | None,
     accumulate: bool,
+    tokens: Tensor | None = None,
 ) -> None:
+    """`coefficients` [N, k], or [nnz] with `tokens` [nnz] int32, the row of each entry."""
     n_latents = csc.offsets.numel() - 1
     d = 1 if out is None else out.shape[1]
     segments = csc.segment_latent.numel()
     part = torch.empty(segments if out is not None else 0, d, dtype=torch.float32, device=coefficients.device)
     part_db = torch.empty(segments, 1, dtype=torch.float32, device=coefficients.device)
-    tiles = rows_tiles(d, ROWS=out is not None, HAS_BIAS=b_dec is not None, SUM=db is not None, ACCUMULATE=accumulate)
+    tiles = rows_tiles(
+        d,
+        CSR=tokens is not None and out is not None,
+        ROWS=out is not None,
+        HAS_BIAS=b_dec is not None,
+        SUM=db is not None,
+        ACCUMULATE=accumulate,
+    )
     rows_kernel[(segments + n_latents, triton.cdiv(d, tiles.constexprs["BLOCK_D"]))](
-        rows, coefficients, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, b_dec,
+        rows, coefficients, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, tokens, b_dec,
         device_scalar(scale, coefficients.device), out, db, part, part_db,
-        coefficients.shape[1], d, n_latents, segments, csc.segment, **tiles.options(),
+        coefficients.shape[1] if tokens is None else 0, d, n_latents, segments, csc.segment, **tiles.options(),
     )  # fmt: skip
     if out is not None:
         combine(part, out, csc, accumulate)

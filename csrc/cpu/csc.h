@@ -20,4 +20,8 @@ template <class R, class I>
 LatentMajor latent_major(
     const I* indices, const R* skip_where_zero, int64_t N, int64_t k, int64_t F, const Threads& threads);
 
+// The same of a CSR code, latents [offsets[N]] with offsets [N + 1]: a hit's slot is the number of its entry, below 2^32.
+LatentMajor latent_major_csr(
+    const int64_t* latents, const int64_t* offsets, int64_t N, int64_t F, const Threads& threads);
+
 }  // namespace rk

@@ -6,6 +6,7 @@ namespace RK_ISA {
 
 #define RK_ROWS(R)                                                                        \
   template void topk_encode<R>(const EncodeArgs<R>&, const Threads&);                     \
+  template void csr_encode<R>(const CsrEncodeArgs<R>&, const Threads&);                   \
   template void sparse_decode<R, int32_t>(const DecodeArgs<R, int32_t>&, const Threads&); \
   template void sparse_decode<R, int64_t>(const DecodeArgs<R, int64_t>&, const Threads&); \
   template void row_dots<R, int32_t>(const DotArgs<R, int32_t>&, const Threads&);         \

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "csr_pool.h"
 #include "threads.h"
 #include "types.h"
 
@@ -22,6 +23,15 @@ struct EncodeArgs {
   int64_t* indices;          // [N, k]
 };
 
+// An encoder whose rows keep any number of latents: each thread's finds go to a pool of its own.
+template <class R>
+struct CsrEncodeArgs {
+  EncodeArgs<R> all;           // k, values and indices are not used
+  const Compute<R>* least;     // [F] or null: what a latent must exceed; null: the limit that the pools share
+  CsrPool<Compute<R>>* pools;  // [parts]; a row's latents arrive in ascending order, pool after pool
+  int64_t parts;               // at most so many threads
+};
+
 template <class R, class I>
 struct DecodeArgs {
   const R* values;           // [N, k]
@@ -34,9 +44,12 @@ struct DecodeArgs {
   R* out;                    // [N, d]
   Compute<R>* sq;            // [N] or null: ||out_n||^2 before rounding to R
   std::atomic<bool>* refused;  // set where an index is not in [0, F); such tokens are left out
+  // [N + 1] or null: token n owns the entries offsets[n] .. offsets[n + 1] instead of n k .. (n + 1) k.
+  const int64_t* offsets = nullptr;
 };
 
-// Activations by latent: the hits of latent f are hits[offsets[f] .. offsets[f + 1]) in token order.
+// Activations by latent: the hits of latent f are hits[offsets[f] .. offsets[f + 1]) in token order. Activation (token,
+// slot) is the entry token k + slot of the code; of a CSR code slot is the entry's number and k counts as 0.
 struct Hit {
   uint32_t token;
   uint32_t slot;
@@ -53,6 +66,8 @@ struct DotArgs {
   const R* W;                // [F, d]
   int64_t N, k, d;
   R* dvalues;                // [N, k]: <grad_n, W[i_j]>
+  // As in DecodeArgs.
+  const int64_t* offsets = nullptr;
 };
 
 // Gradient of one weight matrix from the latent-major list: dW[f] = sum_hits coefficient * (rows[token] - shift).
@@ -163,6 +178,8 @@ inline EncodeCounts encode_counts;
   namespace ISA {                                                \
   template <class R>                                             \
   void topk_encode(const EncodeArgs<R>&, const Threads&);        \
+  template <class R>                                             \
+  void csr_encode(const CsrEncodeArgs<R>&, const Threads&);      \
   template <class R, class I>                                    \
   void sparse_decode(const DecodeArgs<R, I>&, const Threads&);   \
   template <class R, class I>                                    \

@@ -1,5 +1,5 @@
 // torch.ops.refusal_kernels_cpu.*: all schemas, and the operators without tensors. The others are implemented in
-// ops_codes.cpp, ops_training.cpp and ops_projection.cpp.
+// ops_codes.cpp, ops_csr.cpp, ops_training.cpp and ops_projection.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -43,6 +43,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refusal_kernels_cpu, m) {
       "-> (Tensor?, Tensor?)");
   m.def(
       "decode_residual(Tensor x, Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None) -> (Tensor, Tensor)");
+  // Codes with rows of different lengths: values [nnz], latents [nnz], offsets [N + 1].
+  m.def(
+      "batch_topk_encode(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? b_dec=None) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "threshold_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? b_dec=None) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "csr_encode_backward(Tensor grad_values, Tensor latents, Tensor offsets, Tensor x, Tensor W_enc, Tensor? b_dec, "
+      "bool need_x, bool need_W) -> (Tensor?, Tensor?, Tensor)");
+  m.def("sparse_decode_csr(Tensor values, Tensor latents, Tensor offsets, Tensor W_dec, Tensor? b_dec=None) -> Tensor");
+  m.def(
+      "sparse_decode_csr_backward(Tensor grad, Tensor values, Tensor latents, Tensor offsets, Tensor W_dec, "
+      "bool need_values, bool need_W) -> (Tensor?, Tensor?)");
   m.def(
       "sae_backward(Tensor e, Tensor x, Tensor values, Tensor indices, Tensor W_enc, Tensor W_dec, Tensor? b_dec, "
       "float scale, Tensor(a!) dW_enc, Tensor(b!) db_enc, Tensor(c!) dW_dec) -> ()");

@@ -30,29 +30,48 @@ RK_INLINE void prefetch_span(const R* p, int64_t elements) {
   }
 }
 
-// Columns [c, c + V * lanes) of one output row. `next` are the indices after this row's (null at the very end).
+// The indices of one token's entries.
+template <class I>
+struct Entries {
+  const I* indices;
+  int64_t count;
+};
+
+// Entries of token n, from its first in the code; of token N none.
+template <class R, class I>
+RK_INLINE int64_t first_entry(const DecodeArgs<R, I>& a, int64_t n) {
+  return a.offsets == nullptr ? n * a.k : a.offsets[n];
+}
+template <class R, class I>
+RK_INLINE Entries<I> entries_of(const DecodeArgs<R, I>& a, int64_t n) {
+  const int64_t first = first_entry(a, n);
+  return {a.indices + first, n < a.N ? first_entry(a, n + 1) - first : 0};
+}
+
+// Columns [c, c + V * lanes) of one output row. `next` are the entries after this row's.
 template <class R, class I, int V>
 RK_INLINE Vec<Compute<R>> decode_span(
-    const DecodeArgs<R, I>& a, int64_t n, const Compute<R>* values, const I* next, int64_t c) {
+    const DecodeArgs<R, I>& a, int64_t n, const Entries<I>& own, const Compute<R>* values, const Entries<I>& next,
+    int64_t c) {
   using T = Compute<R>;
   constexpr int64_t kSpan = V * kLanes<T>;
-  const I* indices = a.indices + n * a.k;
+  const I* indices = own.indices;
   Vec<T> sum[V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) {
     sum[v] = Vec<T>{};
   }
-  for (int64_t j = 0; j < a.k; ++j) {
+  for (int64_t j = 0; j < own.count; ++j) {
     const int64_t ahead = j + kAhead<V>;
-    if (ahead < a.k) {
+    if (ahead < own.count) {
       prefetch_span(a.W + static_cast<int64_t>(indices[ahead]) * a.d + c, kSpan);
     } else if (c + kSpan < a.d) {
-      if (ahead - a.k < a.k) {
+      if (ahead - own.count < own.count) {
         prefetch_span(
-            a.W + static_cast<int64_t>(indices[ahead - a.k]) * a.d + c + kSpan, std::min(kSpan, a.d - c - kSpan));
+            a.W + static_cast<int64_t>(indices[ahead - own.count]) * a.d + c + kSpan, std::min(kSpan, a.d - c - kSpan));
       }
-    } else if (next != nullptr && ahead - a.k < a.k) {
-      prefetch_span(a.W + static_cast<int64_t>(next[ahead - a.k]) * a.d, std::min(kSpan, a.d));
+    } else if (ahead - own.count < next.count) {
+      prefetch_span(a.W + static_cast<int64_t>(next.indices[ahead - own.count]) * a.d, std::min(kSpan, a.d));
     }
     const R* row = a.W + static_cast<int64_t>(indices[j]) * a.d + c;
     const Vec<T> value = splat<T>(values[j]);
@@ -80,28 +99,29 @@ RK_INLINE Vec<Compute<R>> decode_span(
 }
 
 template <class R, class I>
-void decode_row(const DecodeArgs<R, I>& a, int64_t n, const Compute<R>* values, const I* next) {
+void decode_row(
+    const DecodeArgs<R, I>& a, int64_t n, const Entries<I>& own, const Compute<R>* values, const Entries<I>& next) {
   using T = Compute<R>;
   constexpr int L = kLanes<T>;
   Vec<T> squares = Vec<T>{};
   int64_t c = 0;
   for (; c + kDecodeVecs * L <= a.d; c += kDecodeVecs * L) {
-    squares += decode_span<R, I, kDecodeVecs>(a, n, values, next, c);
+    squares += decode_span<R, I, kDecodeVecs>(a, n, own, values, next, c);
   }
   for (; c + kDecodeVecs / 2 * L <= a.d; c += kDecodeVecs / 2 * L) {
-    squares += decode_span<R, I, kDecodeVecs / 2>(a, n, values, next, c);
+    squares += decode_span<R, I, kDecodeVecs / 2>(a, n, own, values, next, c);
   }
   for (; c + 2 * L <= a.d; c += 2 * L) {
-    squares += decode_span<R, I, 2>(a, n, values, next, c);
+    squares += decode_span<R, I, 2>(a, n, own, values, next, c);
   }
   for (; c + L <= a.d; c += L) {
-    squares += decode_span<R, I, 1>(a, n, values, next, c);
+    squares += decode_span<R, I, 1>(a, n, own, values, next, c);
   }
   T sq = a.sq != nullptr ? horizontal_sum<T>(squares) : T(0);
   for (; c < a.d; ++c) {
     T sum = 0;
-    for (int64_t j = 0; j < a.k; ++j) {
-      sum += values[j] * widen(a.W[static_cast<int64_t>(a.indices[n * a.k + j]) * a.d + c]);
+    for (int64_t j = 0; j < own.count; ++j) {
+      sum += values[j] * widen(a.W[static_cast<int64_t>(own.indices[j]) * a.d + c]);
     }
     sum += a.b_dec != nullptr ? a.b_dec[c] : T(0);
     sum -= a.x != nullptr ? T(widen(a.x[n * a.d + c])) : T(0);
@@ -119,23 +139,25 @@ template <class R, class I>
 void sparse_decode(const DecodeArgs<R, I>& a, const Threads& threads) {
   using T = Compute<R>;
   parallel_tasks(threads, (a.N + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
-    T* copies = scratch<T>(Slot::kRows, a.k);
     const int64_t end = std::min((task + 1) * kTokensPerTask, a.N);
     for (int64_t n = task * kTokensPerTask; n < end; ++n) {
-      if (!all_in_range(a.indices + n * a.k, a.k, a.F)) {
+      const Entries<I> own = entries_of(a, n);
+      if (!all_in_range(own.indices, own.count, a.F)) {
         *a.refused = true;
         continue;
       }
+      const int64_t first = first_entry(a, n);
+      T* copies = scratch<T>(Slot::kRows, own.count);
       const T* values = copies;
       if constexpr (std::is_same_v<R, T>) {
-        values = a.mask == nullptr ? a.values + n * a.k : copies;
+        values = a.mask == nullptr ? a.values + first : copies;
       }
-      for (int64_t j = 0; values == copies && j < a.k; ++j) {
-        const int64_t at = n * a.k + j;
+      for (int64_t j = 0; values == copies && j < own.count; ++j) {
+        const int64_t at = first + j;
         const bool counts = a.mask == nullptr || !(widen(a.mask[at]) == T(0));
         copies[j] = counts ? T(widen(a.values[at])) : T(0);
       }
-      decode_row(a, n, values, n + 1 < a.N ? a.indices + (n + 1) * a.k : nullptr);
+      decode_row(a, n, own, values, entries_of(a, n + 1));
     }
   });
 }
@@ -184,27 +206,29 @@ RK_INLINE void dots(const R* const (&rows)[G], const S* w, int64_t d, Compute<R>
 template <class R, class I>
 void row_dots(const DotArgs<R, I>& a, const Threads& threads) {
   using T = Compute<R>;
-  const int64_t total = a.N * a.k;
+  const auto first_entry_of = [&](int64_t n) { return a.offsets == nullptr ? n * a.k : a.offsets[n]; };
+  const int64_t total = first_entry_of(a.N);
   parallel_tasks(threads, (a.N + kTokensPerTask - 1) / kTokensPerTask, [&](int64_t task) {
     const int64_t end = std::min((task + 1) * kTokensPerTask, a.N);
     for (int64_t n = task * kTokensPerTask; n < end; ++n) {
       const R* grad = a.grad + n * a.d;
-      int64_t j = 0;
-      const auto row = [&](int64_t i) { return a.W + static_cast<int64_t>(a.indices[n * a.k + i]) * a.d; };
-      for (; j + 4 <= a.k; j += 4) {
-        for (int64_t i = n * a.k + j + 4; i < std::min(n * a.k + j + 8, total); ++i) {
-          prefetch_span(a.W + static_cast<int64_t>(a.indices[i]) * a.d, a.d);
+      int64_t j = first_entry_of(n);
+      const int64_t last = first_entry_of(n + 1);
+      const auto row = [&](int64_t i) { return a.W + static_cast<int64_t>(a.indices[i]) * a.d; };
+      for (; j + 4 <= last; j += 4) {
+        for (int64_t i = j + 4; i < std::min(j + 8, total); ++i) {
+          prefetch_span(row(i), a.d);
         }
         T out[4];
         dots<R, R, 4>({row(j), row(j + 1), row(j + 2), row(j + 3)}, grad, a.d, out);
         for (int i = 0; i < 4; ++i) {
-          narrow(out[i], a.dvalues[n * a.k + j + i]);
+          narrow(out[i], a.dvalues[j + i]);
         }
       }
-      for (; j < a.k; ++j) {
+      for (; j < last; ++j) {
         T out[1];
         dots<R, R, 1>({row(j)}, grad, a.d, out);
-        narrow(out[0], a.dvalues[n * a.k + j]);
+        narrow(out[0], a.dvalues[j]);
       }
     }
   });

@@ -89,7 +89,9 @@ RK_INLINE void multiply(const T* __restrict x, const T* __restrict w, int64_t de
   }
 }
 
-// Candidates of a block of rows over a range of latents.
+// What a filter hands survivors to, and asks for the value that one must exceed: by its row, or by its latent.
+//
+// Candidates of a block of rows over a range of latents: each row its own threshold.
 template <class T>
 struct Candidates {
   typename Candidate<T>::Key* keys;  // [rows, capacity]
@@ -97,6 +99,16 @@ struct Candidates {
   int64_t* count;  // [rows]
   int64_t capacity, k;
 
+  void start(int64_t rows) const {
+    std::fill(threshold, threshold + rows, T(0));
+    std::fill(count, count + rows, int64_t{0});
+  }
+  Vec<T> row_bound(int64_t row) const {
+    return load(threshold + row);
+  }
+  Vec<T> bound(Vec<T> of_row, int64_t) const {
+    return of_row;
+  }
   void push(int64_t row, T value, uint32_t index) {
     auto* own = keys + row * capacity;
     own[count[row]++] = Candidate<T>::key(value, index);
@@ -107,11 +119,10 @@ struct Candidates {
   }
 };
 
-// Adds the bias to a finished tile and hands on what exceeds its row's threshold.
-template <class T, int V>
+// Adds the bias to a finished tile and hands on what exceeds its bound.
+template <class T, int V, class Sink>
 RK_INLINE void filter(
-    T* tile, const T* bias, int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows,
-    Candidates<T>& out) {
+    T* tile, const T* bias, int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Sink& out) {
   constexpr int L = kLanes<T>;
   uint32_t survivors[kTileLatents * V * L + L];  // positions in the tile
   int64_t n = 0;
@@ -119,7 +130,7 @@ RK_INLINE void filter(
   uint32_t exists[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    threshold[v] = load(out.threshold + first_row + v * L);
+    threshold[v] = out.row_bound(first_row + v * L);
     const int64_t lanes = std::clamp<int64_t>(rows - v * L, 0, L);
     exists[v] = (uint32_t{1} << lanes) - 1;
   }
@@ -130,7 +141,8 @@ RK_INLINE void filter(
       const int64_t at = (f * V + v) * L;
       const Vec<T> pre = load(tile + at) + b;
       store<T>(tile + at, pre);
-      n = append_set_bits<T>(survivors, n, not_le(pre, threshold[v]) & exists[v], static_cast<uint32_t>(at));
+      n = append_set_bits<T>(
+          survivors, n, not_le(pre, out.bound(threshold[v], first_latent + f)) & exists[v], static_cast<uint32_t>(at));
     }
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -212,10 +224,10 @@ void pack_latents(const R* W, int64_t latents, int64_t d, int64_t start, int64_t
   }
 }
 
-template <class T, int V>
+template <class T, int V, class Sink>
 void multiply_and_filter(
     const T* panel, const T* packed, int64_t depth, T* partial, bool first, bool last, const T* bias,
-    int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Candidates<T>& candidates) {
+    int64_t first_latent, int64_t latents, int64_t first_row, int64_t rows, Sink& out) {
   constexpr int64_t kTile = kTileLatents * V * kLanes<T>;
   for (int64_t start = 0; start == 0 || start < depth; start += kSumLength) {
     const int64_t length = std::min(kSumLength, depth - start);
@@ -226,8 +238,7 @@ void multiply_and_filter(
     for (int64_t f = 0; f < latents; f += kTileLatents) {
       multiply<T, V>(x, w, length, tile, !first || start > 0);
       if (complete) {
-        filter<T, V>(
-            tile, bias, first_latent + f, std::min<int64_t>(kTileLatents, latents - f), first_row, rows, candidates);
+        filter<T, V>(tile, bias, first_latent + f, std::min<int64_t>(kTileLatents, latents - f), first_row, rows, out);
       }
       w += kTileLatents * depth;
       tile += kTile;
@@ -235,10 +246,9 @@ void multiply_and_filter(
   }
 }
 
-// All candidates of a list of rows among latents [begin, end).
-template <class R>
-void encode_block(
-    const EncodeArgs<R>& a, const RowList<R>& list, int64_t begin, int64_t end, Candidates<Compute<R>>& candidates) {
+// Hands on what a list of rows has among latents [begin, end), a row's latents in ascending order.
+template <class R, class Sink>
+void encode_block(const EncodeArgs<R>& a, const RowList<R>& list, int64_t begin, int64_t end, Sink& out) {
   using T = Compute<R>;
   const int64_t d = a.d;
   const int64_t rows = list.count;
@@ -248,8 +258,7 @@ void encode_block(
   chunk = std::clamp<int64_t>(chunk, kTileLatents, 4096);
   chunk = std::min(chunk, (end - begin + kTileLatents - 1) / kTileLatents * kTileLatents);
 
-  std::fill(candidates.threshold, candidates.threshold + panels * kPanelRows<T>, T(0));
-  std::fill(candidates.count, candidates.count + panels * kPanelRows<T>, int64_t{0});
+  out.start(panels * kPanelRows<T>);
   T* packed_x = scratch<T>(Slot::kPackedX, panels * kPanelRows<T> * d);
   T* packed_w = scratch<T>(Slot::kPackedW, chunk * depth_most);
   T* partial = scratch<T>(Slot::kPartialSums, (d > kDepth ? panels : 1) * kPanelRows<T> * chunk);
@@ -274,8 +283,7 @@ void encode_block(
         T* sums = partial + (d > kDepth ? row * chunk : 0);
         const auto run = [&](auto vecs) {
           multiply_and_filter<T, decltype(vecs)::value>(
-              panel, packed_w, depth, sums, start == 0, start + depth >= d, a.b_enc, f, latents, row, rows - row,
-              candidates);
+              panel, packed_w, depth, sums, start == 0, start + depth >= d, a.b_enc, f, latents, row, rows - row, out);
         };
         if (lanes == 3 * kLanes<T>) {
           run(std::integral_constant<int, 3>());

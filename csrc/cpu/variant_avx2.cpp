@@ -15,6 +15,7 @@
 #include <immintrin.h>
 
 #include "csc.h"
+#include "csr_pool.h"
 #include "kernels.h"
 #include "select.h"
 
@@ -28,6 +29,7 @@
 #define RK_VECTOR_BYTES 32
 #include "simd.h"
 #include "topk_encode.h"
+#include "csr_encode.h"
 #include "sparse_decode.h"
 #include "adam.h"
 #include "backward.h"

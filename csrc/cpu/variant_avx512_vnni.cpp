@@ -17,6 +17,7 @@
 #include <immintrin.h>
 
 #include "csc.h"
+#include "csr_pool.h"
 #include "kernels.h"
 #include "select.h"
 

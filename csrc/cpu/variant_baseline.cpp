@@ -16,6 +16,7 @@
 #endif
 
 #include "csc.h"
+#include "csr_pool.h"
 #include "kernels.h"
 #include "select.h"
 
@@ -23,6 +24,7 @@
 #define RK_VECTOR_BYTES 16
 #include "simd.h"
 #include "topk_encode.h"
+#include "csr_encode.h"
 #include "sparse_decode.h"
 #include "adam.h"
 #include "backward.h"

@@ -48,13 +48,16 @@ OTHER_DEVICES = ("reference",)
 OPERATORS: dict[str, tuple[str, ...]] = {
     "topk_encode": ("topk_encode", "topk_encode_backward"),
     "sparse_decode": ("sparse_decode", "sparse_decode_backward"),
+    "batch_topk_encode": ("batch_topk_encode", "csr_encode_backward"),
+    "threshold_encode": ("threshold_encode", "csr_encode_backward"),
+    "sparse_decode_csr": ("sparse_decode_csr", "sparse_decode_csr_backward"),
     "sae_step": ("topk_encode", "decode_residual", "sae_backward"),
     "sae_adam": ("adam_rows",),
     "project_out": ("project_out", "project_out_grouped"),
 }
 
 # Backward passes, which are recorded by names of their own.
-BACKWARD = {"topk_encode_backward", "sparse_decode_backward", "project_out_backward"}
+BACKWARD = {f"{op}_backward" for op in OPERATORS if not op.startswith("sae_")}
 
 NAMES = (*BACKENDS, "auto")
 
@@ -99,9 +102,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def last_backend(op: str) -> str | None:
-    """The back-end that ran the last call of an operator in this process ("topk_encode", "sparse_decode", "sae_step",
-    "sae_adam", "project_out", which `ProjectionPlan.apply_` counts as, and "topk_encode_backward",
-    "sparse_decode_backward", "project_out_backward" for the backward passes); None before its first."""
+    """The back-end that ran the last call of an operator in this process; None before its first.
+
+    `op` is "topk_encode", "sparse_decode", "batch_topk_encode", "threshold_encode", "sparse_decode_csr", "project_out"
+    (which `ProjectionPlan.apply_` counts as), any of these with "_backward" for its backward pass, "sae_step" or
+    "sae_adam".
+    """
     known = set(OPERATORS) | BACKWARD
     if op not in known:
         raise ValueError(f"last_backend: op must be one of {', '.join(sorted(known))}; got {op!r}")

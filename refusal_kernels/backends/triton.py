@@ -13,6 +13,11 @@ from .base import Backend, Request
 _MODULES = {
     "topk_encode": "encode",
     "sparse_decode": "decode",
+    "batch_topk_encode": "encode_csr",
+    "threshold_encode": "encode_csr",
+    "csr_encode_backward": "backward_csr",
+    "sparse_decode_csr": "decode",
+    "sparse_decode_csr_backward": "backward_csr",
     "decode_residual": "decode",
     "sparse_decode_backward": "backward",
     "topk_encode_backward": "backward",

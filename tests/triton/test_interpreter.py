@@ -257,7 +257,7 @@ def test_gemm_kernel(rim, dtype):
 
 def test_work_buffer_does_not_grow_with_the_problem():
     for k in (1, 64, 1024, 1 << 17):
-        rows, columns = encode._chunk_shape(torch.empty(1 << 20, 1, device="meta"), 1 << 20, k)
+        rows, columns = encode.chunk_shape(torch.empty(1 << 20, 1, device="meta"), 1 << 20, k)
         route = k + columns if encode.list_tiles(k) is None else encode.list_tiles(k).constexprs["CAPACITY"]
         assert rows * columns * 4 + rows * route * 8 <= 64 << 20
 
