@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -193,3 +194,17 @@ ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem
     shown = kernels.text([other], [kernel], "Triton 0")
     assert "| `b[x]` | – | 7 / 0.5 HGMMA | – |" in shown
     assert f"| `{kernel['label']}` | – | 40 / 2 **stack 16** | – | – |" in shown
+
+
+def test_the_end_to_end_benchmark_runs_with_small_widths() -> None:
+    command = [sys.executable, "-m", "benches.gpu.end_to_end", "--tiny", "--device", "cpu", "--rounds", "1"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    found = {entry["name"]: entry for entry in stages.json_lines(run.stdout)}
+    assert [entry for entry in found.values() if "error" in entry] == []
+    assert list(found) == [
+        "forward and capture, up to layer 2", "SAE step, ours", "SAE step, dense", "LoRA step",
+        "projection of its matrices", "LoRA step with projection",
+    ]  # fmt: skip
+    assert found["LoRA step"]["matrices"] == 2 * 7 * 4
+    assert 0 < found["projection of its matrices"]["percent_of_step"] < 100

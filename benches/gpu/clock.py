@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ def measure(run: Callable[[], Any], rounds: int = 10, seconds: float = 3.0) -> d
     """{"ms": median, "calls": every call's milliseconds, "extra_mb": peak memory above what was allocated before}.
 
     CUDA events around each call, L2 overwritten before it; at most `rounds` calls and about `seconds` in all, after one
-    call that compiles and warms up.
+    call that compiles and warms up. Without a GPU the host's clock and no memory, so that a benchmark can be tried.
     """
+    if not torch.cuda.is_available():
+        return _on_the_cpu(run, rounds, seconds)
     device = torch.device("cuda")
     flush = torch.empty(FLUSH_BYTES >> 2, device=device)
     run()
@@ -37,6 +40,16 @@ def measure(run: Callable[[], Any], rounds: int = 10, seconds: float = 3.0) -> d
     return {"ms": statistics.median(calls), "calls": [round(c, 4) for c in calls], "extra_mb": round(extra / 1e6, 1)}
 
 
+def _on_the_cpu(run: Callable[[], Any], rounds: int, seconds: float) -> dict[str, Any]:
+    run()
+    calls: list[float] = []
+    while len(calls) < rounds and sum(calls) < seconds * 1e3:
+        start = time.perf_counter()
+        run()
+        calls.append(1e3 * (time.perf_counter() - start))
+    return {"ms": statistics.median(calls), "calls": [round(c, 4) for c in calls]}
+
+
 def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result, or {"error": why}: one contestant that does not fit into memory must not cost the others."""
     try:
@@ -46,4 +59,5 @@ def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     finally:
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -25,7 +25,7 @@ def autograd_step(loss: Callable[..., Tensor], x: Tensor, leaves: list[Tensor], 
 
     def run() -> Tensor:
         optimizer.zero_grad()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             value = loss(x, *leaves, k)
         value.backward()
         optimizer.step()

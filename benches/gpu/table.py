@@ -52,10 +52,12 @@ def row(entry: dict[str, Any]) -> str:
         return f"{name:44} {entry['error']}"
     text = f"{name:44}"
     if "ms" in entry:
-        text += f" {entry['ms']:10.3f} ms {entry['extra_mb']:9.0f} MB"
+        text += f" {entry['ms']:10.3f} ms"
+    if "extra_mb" in entry:
+        text += f" {entry['extra_mb']:9.0f} MB"
     if "rate" in entry:
         text += f" {entry['rate']:8.1f} {entry['unit']}"
-    for key in ("same_latents", "value_error", "first_loss"):
+    for key in ("same_latents", "value_error", "first_loss", "percent_of_step"):
         if entry.get(key) is not None:
             text += f"  {key} {entry[key]:.6g}"
     return text
