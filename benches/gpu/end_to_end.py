@@ -132,7 +132,7 @@ def lora_step(model: nn.Module, sizes: Sizes, device: torch.device, rounds: int)
         optimizer.zero_grad()
         return loss.detach()
 
-    # A [16, in] loses its component along the inputs, B [out, 16] along the outputs. Every matrix has a basis of its own
+    # A [16, in] loses its component along the inputs, B [out, 16] along the outputs. Every matrix has its own basis
     # in memory: in a real model q, k, v and gate, up share one.
     bases: dict[int, Tensor] = {}
     entries = []
