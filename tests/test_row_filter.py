@@ -1,0 +1,179 @@
+"""The CUDA row filter's algorithm, without a GPU: csrc/cuda/row_filter_warp.h by 32 fibers in the place of 32 lanes.
+
+The same header is compiled by g++ that nvcc compiles into the kernel. What this cannot show: the hardware's memory
+model, alignment faults, speed. `-m gpu` (tests/test_gpu.py) runs the kernel itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    out = tmp_path_factory.mktemp("emulation") / "row_filter.so"
+    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command = ["g++", *flags, f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "tests/cuda/row_filter.cpp"), "-o", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loaded = ctypes.CDLL(str(out))
+    loaded.filter_chunk.restype = ctypes.c_char_p
+    return loaded
+
+
+Select = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def select(library: ctypes.CDLL) -> Select:
+    def run(
+        pre: Tensor, bias: Tensor, k: int, chunk: int, vector: bool = False, backwards: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """values, indices [R, k] of pre [R, F] taken in chunks of columns."""
+        rows, n_latents = pre.shape
+        keys = torch.full((rows, library.capacity()), -1, dtype=torch.int64)
+        count, limit = (torch.full((rows,), 0x5A5A5A5A, dtype=torch.int32) for _ in range(2))
+        bias = bias.contiguous()
+        for first in range(0, n_latents, chunk):
+            part = pre[:, first : first + chunk].contiguous()
+            last = first + part.shape[1] == n_latents
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (part, bias, keys, count, limit)]
+            problem = library.filter_chunk(
+                *pointers, ctypes.c_int64(rows), part.shape[1], first, k, int(last), int(vector), int(backwards)
+            )
+            assert problem is None, problem
+        best = keys[:, :k]
+        values = (best >> 32).to(torch.int32).view(torch.float32)
+        return values, 0x7FFFFFFF - (best & 0x7FFFFFFF)
+
+    return run
+
+
+def expected(pre: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """A stable descending sort of relu(pre + bias), NaN first."""
+    code = torch.relu(pre + bias)
+    best = torch.sort(torch.where(code.isnan(), math.inf, code), dim=1, descending=True, stable=True).indices
+    # NaN before infinity, each by ascending latent.
+    nan_first = torch.sort(code.isnan().gather(1, best).int(), dim=1, descending=True, stable=True).indices
+    indices = best.gather(1, nan_first)[:, :k]
+    return code.gather(1, indices), indices
+
+
+def same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(found[0].nan_to_num(nan=-1.0), wanted[0].nan_to_num(nan=-1.0))
+
+
+def rows_of(kind: str, n_latents: int) -> Tensor:
+    torch.manual_seed(0)
+    pre = torch.randn(3, n_latents)
+    if kind == "ties":
+        pre = torch.randint(-2, 3, pre.shape).float()
+    elif kind == "ascending":
+        pre = pre.sort(dim=1).values
+    elif kind == "descending":
+        pre = pre.sort(dim=1, descending=True).values
+    elif kind == "equal":
+        pre = torch.ones_like(pre)
+    elif kind == "few positives":
+        pre = torch.where(torch.rand_like(pre) < 0.99, -pre.abs(), pre)
+    elif kind == "negative":
+        pre = -pre.abs() - 0.1
+    elif kind == "odd numbers":
+        odd = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 3e38])
+        pre = odd[torch.randint(len(odd), pre.shape)]
+    elif kind == "all nan":
+        pre = torch.full_like(pre, math.nan)
+    elif kind == "nearly equal":  # differ in the last bits: the search must go through all of them
+        pre = (torch.full(pre.shape, 1.5).view(torch.int32) + torch.randint(3, pre.shape, dtype=torch.int32)).view(
+            torch.float32
+        )
+    return pre
+
+
+KINDS = (
+    "random", "ties", "ascending", "descending", "equal", "few positives", "negative", "odd numbers", "all nan",
+    "nearly equal",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("k", "chunk"), [(1, 640), (64, 640), (256, 640), (31, 2000)])
+def test_equals_a_stable_sort(select: Select, kind: str, k: int, chunk: int) -> None:
+    """Several chunks and reductions, and a last chunk that is no multiple of anything."""
+    pre = rows_of(kind, 1999)
+    bias = torch.zeros(1999) if kind in ("odd numbers", "nearly equal") else torch.randint(-1, 2, (1999,)).float()
+    same(select(pre, bias, k, chunk), expected(pre, bias, k))
+
+
+@pytest.mark.parametrize("kind", ["random", "ascending", "odd numbers"])
+@pytest.mark.parametrize("chunk", [4, 260, 1024])
+def test_vector_loads_and_either_order_of_the_lanes_give_the_same_bits(select: Select, kind: str, chunk: int) -> None:
+    pre, bias = rows_of(kind, 1560), torch.linspace(-0.01, 0.01, 1560)
+    one = select(pre, bias, 48, chunk)
+    same(one, expected(pre, bias, 48))
+    for vector in (False, True):
+        for backwards in (False, True):
+            same(select(pre, bias, 48, chunk, vector, backwards), one)
+
+
+@pytest.mark.parametrize("n_latents", [1, 5, 31, 32, 33, 255, 256])
+def test_k_equal_to_the_number_of_latents(select: Select, n_latents: int) -> None:
+    pre, bias = rows_of("ties", n_latents), torch.zeros(n_latents)
+    same(select(pre, bias, n_latents, 100), expected(pre, bias, n_latents))
+
+
+def test_a_list_that_is_exactly_full_is_reduced_once(select: Select, library: ctypes.CDLL) -> None:
+    """512 candidates fit; the 513th makes room first. Both sides of the edge, with the best at either end."""
+    capacity = library.capacity()
+    for n in (capacity - 1, capacity, capacity + 1, 2 * capacity):
+        for pre in (torch.arange(1.0, n + 1), torch.arange(n, 0, -1.0)):
+            bias = torch.zeros(n)
+            same(select(pre[None], bias, library.most_k(), n), expected(pre[None], bias, library.most_k()))
+
+
+def test_a_lane_that_does_not_meet_the_others_is_seen(tmp_path: Path) -> None:
+    """The emulation finds what it is there for: a race, in one of the two orders, and lanes that part."""
+    source = tmp_path / "wrong.cpp"
+    source.write_text("""
+#include "emulated_warp.h"
+#include <cstdio>
+int main() {
+  int results[2];
+  for (int reversed = 0; reversed < 2; ++reversed) {
+    int shared = 0, seen = -1;
+    EmulatedWarp::run([&] {
+      if (EmulatedWarp::lane() == 0) shared = 1;   // no sync: does lane 5 see it?
+      if (EmulatedWarp::lane() == 5) seen = shared;
+    }, reversed != 0);
+    results[reversed] = seen;
+  }
+  bool parted = false;
+  try {
+    EmulatedWarp::run([] {
+      if (EmulatedWarp::lane() < 16) EmulatedWarp::sync();
+      else EmulatedWarp::any(true);
+    }, false);
+  } catch (const std::runtime_error&) {
+    parted = true;
+  }
+  std::printf("%d %d %d", results[0], results[1], parted);
+}
+""")
+    program = tmp_path / "wrong"
+    command = ["g++", "-std=c++20", f"-I{ROOT / 'tests/cuda'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    assert subprocess.run([str(program)], capture_output=True, text=True).stdout == "1 0 1"
