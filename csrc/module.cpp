@@ -11,6 +11,7 @@
 
 #include "build_config.h"
 #include "cpu/isa.h"
+#include "cuda/row_filter.h"
 #include "cuda/sparse_decode.h"
 
 namespace py = pybind11;
@@ -74,9 +75,10 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
   } else {
     throw py::value_error("plan: dtype must be float32, bfloat16 or float16; got '" + dtype + "'");
   }
-  const RowSplit split = split_row(d, type, true);
+  RowSplit split = split_row(d, type, true);
   Grid grid;
   int64_t workspace = 0;
+  bool fits = true;
   if (op == "sparse_decode") {
     grid = sum_grid(n, split);
   } else if (op == "sparse_decode_dvalues") {
@@ -84,9 +86,14 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
   } else if (op == "sparse_decode_dweight") {
     grid = sum_grid(n_latents, split);
     workspace = 8 * (n_latents + 1) + (8 + 8) * n * k;  // offsets; sorted int64 latents and their positions
+  } else if (op == "row_filter") {  // of a chunk of N rows and F columns
+    split = {n_latents % 4 == 0 ? 4 : 1, 32, kFilterWarps, 1};
+    grid = {(n + kFilterWarps - 1) / kFilterWarps, 1};
+    workspace = n * (kFilterCapacity * 8 + 4 + 4);  // lists, counts, limits
+    fits = k >= 1 && k <= kFilterMostK;
   } else {
     throw py::value_error(
-        "plan: op must be sparse_decode, sparse_decode_dvalues or sparse_decode_dweight; got '" + op + "'");
+        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight or row_filter; got '" + op + "'");
   }
   py::dict result;
   result["vector"] = split.vector;
@@ -94,7 +101,7 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
   result["threads"] = kThreads;
   result["grid"] = py::make_tuple(grid.x, grid.y);
   result["workspace_bytes"] = workspace;
-  result["fits"] = grid.x <= kMaxGridX && grid.y <= kMaxGridY;
+  result["fits"] = fits && grid.x <= kMaxGridX && grid.y <= kMaxGridY;
   return result;
 }
 

@@ -21,15 +21,15 @@ class Plan(TypedDict):
     threads: int  # per block
     grid: tuple[int, int]
     workspace_bytes: int
-    fits: bool  # whether the grid is within CUDA's limits
+    fits: bool  # whether the grid is within CUDA's limits, and k within the kernel's
 
 def build_info() -> BuildInfo: ...
 def plan(op: str, shape: tuple[int, int, int, int], dtype: str, sm: int) -> Plan:
     """How a CUDA kernel cuts up a problem, from the functions its launcher uses, for 16-byte aligned tensors.
 
     Args:
-        op: "sparse_decode", "sparse_decode_dvalues" or "sparse_decode_dweight".
-        shape: (N, d, F, k).
+        op: "sparse_decode", "sparse_decode_dvalues", "sparse_decode_dweight" or "row_filter".
+        shape: (N, d, F, k); of row_filter's chunk N rows and F columns.
         dtype: "float32", "bfloat16" or "float16".
         sm: compute capability, at least 80. The plan is the same for all of them so far.
 

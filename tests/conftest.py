@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def repository() -> Path:
     """The root of the repository this test file lies in."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def emulated_row_filter(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/cuda/row_filter_warp.h compiled for the CPU, 32 fibers for the lanes of a warp (tests/cuda)."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++ on this machine")
+    out = tmp_path_factory.mktemp("emulation") / "row_filter.so"
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "tests/cuda/row_filter.cpp"), "-o", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loaded = ctypes.CDLL(str(out))
+    loaded.filter_chunk.restype = ctypes.c_char_p
+    return loaded

@@ -16,7 +16,10 @@ import torch
 
 import refusal_kernels as rk
 from refusal_kernels import native
+from refusal_kernels.backends.cuda import FILTER_CAPACITY, FILTER_MOST_K
 
+# Kernels of each file: three row types, three splits of a row, two sums and one product; loads of 4 numbers or of one.
+KERNELS = {"sparse_decode.cu": 27, "row_filter.cu": 2}
 ARCHITECTURES = ("80", "90a", "100", "120")  # csrc/cuda/CMakeLists.txt, the default
 
 
@@ -44,8 +47,7 @@ def test_compiles_for_every_architecture_without_warnings_and_spills(repository:
         assert result.returncode == 0, result.stderr
         report = result.stdout + result.stderr
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        # Three row types, three splits of a row, two sums and one product: every kernel of every architecture is seen.
-        assert len(frames) == 27 * len(targets)
+        assert len(frames) == KERNELS[source.name] * len(targets), "every kernel of every architecture is seen"
         assert {number for frame in frames for number in frame} == {"0"}, report
 
 
@@ -84,6 +86,13 @@ def test_plan_of_the_gradients() -> None:
     assert weight["grid"][0] == 4096 // (weight["threads"] // weight["lanes"])
     assert weight["workspace_bytes"] == 8 * 4097 + 16 * 3300
     assert not module.plan("sparse_decode_dvalues", (2**31 - 1, 512, 4096, 64), "float32", 80)["fits"]
+    chunk = module.plan("row_filter", (1000, 64, 4096, FILTER_MOST_K), "bfloat16", 90)
+    assert chunk == {
+        "vector": 4, "lanes": 32, "threads": 256, "grid": (125, 1), "fits": True,
+        "workspace_bytes": 1000 * (8 * FILTER_CAPACITY + 8),
+    }  # fmt: skip
+    assert module.plan("row_filter", (1, 64, 4095, 1), "float32", 90)["vector"] == 1
+    assert not module.plan("row_filter", (1, 64, 4096, FILTER_MOST_K + 1), "float32", 90)["fits"]
 
 
 @pytest.mark.parametrize(

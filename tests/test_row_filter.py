@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,39 +18,25 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    out = tmp_path_factory.mktemp("emulation") / "row_filter.so"
-    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    command = ["g++", *flags, f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "tests/cuda/row_filter.cpp"), "-o", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    loaded = ctypes.CDLL(str(out))
-    loaded.filter_chunk.restype = ctypes.c_char_p
-    return loaded
-
 
 Select = Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture
-def select(library: ctypes.CDLL) -> Select:
+def select(emulated_row_filter: ctypes.CDLL) -> Select:
     def run(
         pre: Tensor, bias: Tensor, k: int, chunk: int, vector: bool = False, backwards: bool = False
     ) -> tuple[Tensor, Tensor]:
         """values, indices [R, k] of pre [R, F] taken in chunks of columns."""
         rows, n_latents = pre.shape
-        keys = torch.full((rows, library.capacity()), -1, dtype=torch.int64)
+        keys = torch.full((rows, emulated_row_filter.capacity()), -1, dtype=torch.int64)
         count, limit = (torch.full((rows,), 0x5A5A5A5A, dtype=torch.int32) for _ in range(2))
         bias = bias.contiguous()
         for first in range(0, n_latents, chunk):
             part = pre[:, first : first + chunk].contiguous()
             last = first + part.shape[1] == n_latents
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (part, bias, keys, count, limit)]
-            problem = library.filter_chunk(
+            problem = emulated_row_filter.filter_chunk(
                 *pointers, ctypes.c_int64(rows), part.shape[1], first, k, int(last), int(vector), int(backwards)
             )
             assert problem is None, problem
@@ -136,13 +121,16 @@ def test_k_equal_to_the_number_of_latents(select: Select, n_latents: int) -> Non
     same(select(pre, bias, n_latents, 100), expected(pre, bias, n_latents))
 
 
-def test_a_list_that_is_exactly_full_is_reduced_once(select: Select, library: ctypes.CDLL) -> None:
+def test_a_list_that_is_exactly_full_is_reduced_once(select: Select, emulated_row_filter: ctypes.CDLL) -> None:
     """512 candidates fit; the 513th makes room first. Both sides of the edge, with the best at either end."""
-    capacity = library.capacity()
+    capacity = emulated_row_filter.capacity()
     for n in (capacity - 1, capacity, capacity + 1, 2 * capacity):
         for pre in (torch.arange(1.0, n + 1), torch.arange(n, 0, -1.0)):
             bias = torch.zeros(n)
-            same(select(pre[None], bias, library.most_k(), n), expected(pre[None], bias, library.most_k()))
+            same(
+                select(pre[None], bias, emulated_row_filter.most_k(), n),
+                expected(pre[None], bias, emulated_row_filter.most_k()),
+            )
 
 
 def test_a_lane_that_does_not_meet_the_others_is_seen(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ MB); with b_dec also R d times the element size of centred rows and, in 16 bit, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -316,6 +317,18 @@ def chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
     return rows, min(columns, n_latents)
 
 
+@dataclass(frozen=True)
+class RowFilter:
+    """Another kernel in the place of `_filter_kernel`, with the same lists, for k that fit it.
+
+    `run(pre, bias, keys, count, limit, first, last, k)`: the chunk pre [r, c] of the latents first .. first + c goes
+    into the lists keys [R, capacity], count and limit [R]; after the last one the first k keys of a row are the result.
+    """
+
+    capacity: int
+    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool, int], None]
+
+
 def topk_encode(
     x: Tensor,
     W_enc: Tensor,
@@ -324,11 +337,12 @@ def topk_encode(
     b_dec: Tensor | None,
     *,
     chunk: tuple[int, int] | None = None,
+    row_filter: RowFilter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values [N, k] in x's dtype and indices [N, k] int64; see the module's docstring.
 
     x [N, d] and W_enc [F, d] share one dtype of fp32, bf16, fp16; b_enc [F] and b_dec [d] are fp32; 1 <= k <= F < 2^31.
-    `chunk` = (rows, latents) overrides the size of the work buffer.
+    `chunk` = (rows, latents) overrides the size of the work buffer, `row_filter` the kernel that selects.
 
     Equivalent to: torch.sort(torch.relu((x - b_dec) @ W_enc.T + b_enc), descending=True, stable=True), first k columns.
     """
@@ -342,13 +356,18 @@ def topk_encode(
     lists = list_tiles(k)
     with on_device(x):
         shift, bias = centring(x, W_enc, b_enc, b_dec)
-        width = k + columns if lists is None else lists.constexprs["CAPACITY"]
+        if row_filter is not None:
+            width = row_filter.capacity
+        else:
+            width = k + columns if lists is None else lists.constexprs["CAPACITY"]
         keys = torch.empty(rows, width, dtype=torch.int64, device=x.device)
         count = torch.empty(rows, dtype=torch.int32, device=x.device)
         limit = torch.empty(rows, dtype=torch.int32, device=x.device)
         for top, first, pre in chunks(x, W_enc, shift, rows, columns):
             r, c = pre.shape
-            if lists is not None:
+            if row_filter is not None:
+                row_filter.run(pre, bias, keys, count, limit, first, first + c == n_latents, k)
+            elif lists is not None:
                 last = int(first + c == n_latents)
                 _filter_kernel[(r,)](pre, bias, keys, count, limit, c, first, last, k, **lists.options())
             else:

@@ -86,6 +86,7 @@ def fused_optimizer_bytes(s: Shape) -> int:
 PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
     "product alone": lambda s, at: at.compute(product_flops(s)),
     "encode, ours": lambda s, at: at.compute(product_flops(s)) + filter_bytes(s) / at.cache_gbps / 1e6,
+    "encode, cuda filter": lambda s, at: PREDICTIONS["encode, ours"](s, at),
     "decode + residual, ours": lambda s, at: at.move(decode_bytes(s)),
     "transpose, ours": lambda s, at: at.move(transpose_bytes(s)),
     "backward, ours": lambda s, at: at.move(transpose_bytes(s) + backward_bytes(s)),

@@ -73,6 +73,7 @@ def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
         if "dense" in columns:
             timed("encode, torch", eager)
         timed("encode, ours", lambda: backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec))
+        timed("encode, cuda filter", lambda: rk.topk_encode(x, we, problem.b_enc, k, problem.b_dec, backend="cuda"))
         values, indices = backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec)
         results["agreement"] = {"name": "encode, agreement", **encode_agreement(problem, x, values, indices)}
         print(json.dumps({"shape": str(shape), **results["agreement"]}), flush=True)

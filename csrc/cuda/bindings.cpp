@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/row_filter.h"
 #include "cuda/sparse_decode.h"
 
 // Weak: a CPU-only torch does not have it, and this library must load there too. It is called with CUDA tensors only.
@@ -22,6 +23,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+constexpr int64_t kMostRows = rk::cuda::kMaxGridX * rk::cuda::kFilterWarps;
 
 rk::cuda::RowType row_type(const Tensor& rows, const char* name) {
   switch (rows.scalar_type()) {
@@ -41,7 +44,7 @@ void check(const Tensor& t, const char* name, const Tensor& like, std::optional<
   STD_TORCH_CHECK(t.is_contiguous(), "refusal_kernels_cuda: ", name, " must be contiguous");
   STD_TORCH_CHECK(
       t.get_device_index() == like.get_device_index() && t.is_cuda(), "refusal_kernels_cuda: ", name,
-      " must be on the device of W_dec");
+      " must be on the device of the other tensors");
   if (dtype) STD_TORCH_CHECK(t.scalar_type() == *dtype, "refusal_kernels_cuda: ", name, " has the wrong dtype");
 }
 
@@ -136,6 +139,44 @@ std::tuple<Tensor, Tensor> sparse_decode_backward(
   return {dvalues, dW_dec};
 }
 
+// A chunk of topk_encode: see row_filter.h. keys, count and limit go from chunk to chunk; `first` is 0 in the first.
+void row_filter(Tensor pre, Tensor bias, Tensor keys, Tensor count, Tensor limit, int64_t first, bool last, int64_t k) {
+  check(pre, "pre", pre, ScalarType::Float);
+  check(bias, "bias", pre, ScalarType::Float);
+  check(keys, "keys", pre, ScalarType::Long);
+  check(count, "count", pre, ScalarType::Int);
+  check(limit, "limit", pre, ScalarType::Int);
+  STD_TORCH_CHECK(pre.dim() == 2 && keys.dim() == 2, "refusal_kernels_cuda: pre and keys must be matrices");
+  const int64_t rows = pre.size(0), columns = pre.size(1);
+  STD_TORCH_CHECK(
+      keys.size(0) >= rows && keys.size(1) == rk::cuda::kFilterCapacity && count.numel() >= rows &&
+          limit.numel() >= rows,
+      "refusal_kernels_cuda: keys must be [rows, ", rk::cuda::kFilterCapacity,
+      "], count and limit [rows] of pre's rows");
+  STD_TORCH_CHECK(
+      k >= 1 && k <= rk::cuda::kFilterMostK, "refusal_kernels_cuda: k must be from 1 to ", rk::cuda::kFilterMostK);
+  STD_TORCH_CHECK(
+      first >= 0 && first + columns <= bias.numel() && bias.numel() <= INT_MAX && rows < kMostRows,
+      "refusal_kernels_cuda: bias must have a number for every latent first .. first + columns, fewer than 2^31");
+  STD_TORCH_CHECK(!last || first + columns >= k, "refusal_kernels_cuda: k must not exceed the number of latents");
+  if (rows == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(pre.get_device_index());
+  const rk::cuda::FilterArgs args{
+      static_cast<const float*>(pre.const_data_ptr()),
+      static_cast<const float*>(bias.const_data_ptr()),
+      static_cast<int64_t*>(keys.mutable_data_ptr()),
+      static_cast<int32_t*>(count.mutable_data_ptr()),
+      static_cast<int32_t*>(limit.mutable_data_ptr()),
+      rows,
+      static_cast<int32_t>(columns),
+      static_cast<int32_t>(first),
+      static_cast<int32_t>(k),
+      last};
+  check_launch(rk::cuda::row_filter(args, current_stream(pre)), "row_filter");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(refusal_kernels_cuda, m) {
@@ -143,9 +184,13 @@ STABLE_TORCH_LIBRARY(refusal_kernels_cuda, m) {
   m.def(
       "sparse_decode_backward(Tensor grad, Tensor values, Tensor indices, Tensor W_dec, Tensor? order, "
       "Tensor? offsets, bool need_values) -> (Tensor, Tensor)");
+  m.def(
+      "row_filter(Tensor pre, Tensor bias, Tensor(a!) keys, Tensor(b!) count, Tensor(c!) limit, int first, bool last, "
+      "int k) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refusal_kernels_cuda, CUDA, m) {
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_decode_backward", TORCH_BOX(&sparse_decode_backward));
+  m.impl("row_filter", TORCH_BOX(&row_filter));
 }

@@ -1,16 +1,30 @@
-"""The CUDA C++ back-end of refusal_kernels._C. It runs by explicit request only: no measurement has it ahead yet."""
+"""The CUDA C++ back-end of refusal_kernels._C. It runs by explicit request only: no measurement has it ahead yet.
+
+topk_encode is the chunked encoder of the Triton back-end (cuBLAS and, for b_dec, Triton kernels) with the row filter of
+csrc/cuda in the place of Triton's, and its gradient is Triton's: so it needs Triton as well.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import native
-from .base import Backend
+from .base import Backend, Request
+from .triton import TritonBackend
 
-_PRIMITIVES = ("sparse_decode", "sparse_decode_backward")
+# Primitive -> the operator of torch.ops.refusal_kernels_cuda that it stands on.
+_PRIMITIVES = {
+    "sparse_decode": "sparse_decode",
+    "sparse_decode_backward": "sparse_decode_backward",
+    "topk_encode": "row_filter",
+    "topk_encode_backward": "row_filter",
+}
+# csrc/cuda/row_filter.h: keys of a row's list, and the largest k.
+FILTER_CAPACITY, FILTER_MOST_K = 512, 256
 
 
 class CudaBackend(Backend):
@@ -27,13 +41,32 @@ class CudaBackend(Backend):
         return None
 
     def primitive(self, name: str) -> Any | None:
-        if name not in _PRIMITIVES or native.operator("refusal_kernels_cuda", name) is None:
+        if name not in _PRIMITIVES or native.operator("refusal_kernels_cuda", _PRIMITIVES[name]) is None:
             return None
-        return self.sparse_decode_backward if name == "sparse_decode_backward" else self._operator(name)
+        if name == "topk_encode_backward":
+            return TritonBackend().primitive(name)
+        return self._operator(name) if name == "sparse_decode" else getattr(self, name)
+
+    def not_supported_reasons(self, op: str, request: Request) -> list[str]:
+        reasons = super().not_supported_reasons(op, request)
+        if op == "topk_encode":
+            if (missing := TritonBackend().unavailable_reason()) is not None:
+                reasons.append(missing)
+            if request.k > FILTER_MOST_K:
+                reasons.append(f"its row filter takes k up to {FILTER_MOST_K}, not {request.k}")
+        return reasons
 
     @staticmethod
     def _operator(name: str) -> Any:
         return native.operator("refusal_kernels_cuda", name)
+
+    def topk_encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As in refusal_kernels.reference."""
+        encode = importlib.import_module("refusal_kernels.triton_kernels.encode")
+        row_filter = encode.RowFilter(FILTER_CAPACITY, self._operator("row_filter"))
+        return encode.topk_encode(x, W_enc, b_enc, k, b_dec, row_filter=row_filter)
 
     def sparse_decode_backward(
         self, grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
