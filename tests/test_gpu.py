@@ -1,8 +1,8 @@
 """The public operators on a GPU, and the same test functions on the CPU back-end: the tests are known to be right.
 
 Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part of every run of the suite) and, marked
-gpu, `triton` and `cuda` (CUDA tensors; the latter has topk_encode and sparse_decode only). Which of them has passed on which GPU is in
-benches/results/gpu; tests/triton has the kernels' tests in Triton's interpreter.
+gpu, `triton` and `cuda` (CUDA tensors; the latter has topk_encode and sparse_decode only). Which of them has passed on
+which GPU is in benches/results/gpu; tests/triton has the kernels' tests in Triton's interpreter.
 
     make gpu                                   all of them in several processes, compute-sanitizer, benchmarks
     python -m pytest -m gpu                    these tests alone

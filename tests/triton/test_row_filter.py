@@ -1,4 +1,4 @@
-"""The chunked encoder with the CUDA row filter in the place of Triton's: Triton in its interpreter, the filter by fibers.
+"""The chunked encoder with the CUDA row filter in the place of Triton's: Triton interpreted, the filter by fibers.
 
 So all that backend="cuda" does for topk_encode, but for cuBLAS and the launch.
 """
