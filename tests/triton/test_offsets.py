@@ -1,0 +1,157 @@
+"""Offsets beyond 2^31 elements, in the interpreter, which wraps 32-bit integers as the hardware does.
+
+The tensors are as large as they say, 2.5 thousand million elements, in memory that is reserved by address only: what a
+program touches is taken, a few pages. Programs of a high number are run alone, by moving the grid's origin.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from refusal_kernels.triton_kernels import adam, decode, encode_csr, latents, sae_adam
+from refusal_kernels.triton_kernels.launch import Tiles
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reserves memory as Linux does")
+
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.13 on; the number is that of Linux
+ROWS, D = 600_001, 4096
+FAR = ROWS - 1  # its row begins at element 2 457 600 000 > 2^31
+BYTES = {torch.float32: 4, torch.float16: 2, torch.int64: 8}
+
+
+def reserved(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows, columns] of zeros that take no memory until they are written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+    memory = mmap.mmap(-1, rows * columns * BYTES[dtype], flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+
+@pytest.fixture
+def programs_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Moves the origin of the grid's first axis."""
+    # The interpreter copies every argument onto itself at the end: pages that nobody has touched would come into being.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+
+    def move(origin: int) -> None:
+        def at(self: interpreter.InterpreterBuilder, x: int, y: int, z: int) -> None:
+            self.grid_idx = (x + origin, y, z)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", at)
+
+    move(0)
+    return move
+
+
+ADAM = {
+    "step_size": 0.1, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.99, "one_minus_beta2": 0.01, "eps": 1e-8,
+    "root_bc2": 1.0,
+}  # fmt: skip
+
+
+def stepped(w: Tensor, g: Tensor) -> Tensor:
+    """The first step of `ADAM` from zero states."""
+    return w - 0.1 * 0.1 * g / ((0.01 * g.square()).sqrt() + 1e-8)
+
+
+def test_decode_reads_far_rows_and_writes_far_tokens(programs_from: Callable[[int], None]) -> None:
+    W, x, out = reserved(ROWS, D), reserved(ROWS, D), reserved(ROWS, D)
+    values, indices = reserved(ROWS, 2), reserved(ROWS, 2, torch.int64)
+    W[FAR], W[3], x[FAR] = torch.randn(D), torch.randn(D), torch.randn(D)
+    values[FAR], indices[FAR] = torch.tensor([2.0, -1.0]), torch.tensor([FAR, 3])
+    expected = 2 * W[FAR] - W[3] - x[FAR]
+    tiles = decode.decode_tiles(D, has_bias=False, residual=True)
+    width = D // tiles.constexprs["BLOCK_D"]
+    squares = torch.zeros(ROWS, width)
+    programs_from(FAR)
+    decode._decode_kernel[(1, width)](values, indices, None, W, None, x, out, squares, 2, D, **tiles.options())
+    torch.testing.assert_close(out[FAR], expected)
+    torch.testing.assert_close(squares[FAR].sum(), expected.square().sum())
+
+
+def test_adam_steps_far_rows(programs_from: Callable[[int], None]) -> None:
+    for kernel, block in ((adam._row_kernel, D), (adam._wide_row_kernel, 1024)):
+        w, g, m, v = (reserved(ROWS, D) for _ in range(4))
+        w[FAR], g[FAR] = torch.randn(D), torch.randn(D)
+        expected = stepped(w[FAR], g[FAR])
+        programs_from(FAR)
+        tiles = Tiles({"PARALLEL": False, "UNIT": False, "BLOCK_D": block}, 4)
+        kernel[(1,)](w, g, m, v, torch.ones(()), D, *ADAM.values(), **tiles.options())
+        torch.testing.assert_close(w[FAR], expected)
+        torch.testing.assert_close(m[FAR], 0.1 * g[FAR])
+
+
+def entries_of_the_far_latent() -> tuple[Tensor, Tensor]:
+    """offsets [ROWS + 1] and ends [ROWS] int64: one entry, of the last latent; no latent is hot."""
+    offsets = reserved(ROWS + 1, 1, torch.int64).view(-1)
+    offsets[-1] = 1
+    return offsets, reserved(ROWS, 1, torch.int64).view(-1)
+
+
+def test_gradients_of_far_latents_from_far_tokens(programs_from: Callable[[int], None]) -> None:
+    """Entry (token FAR, slot 0) of latent FAR."""
+    e, x, W, dW_dec, dW_enc = (reserved(ROWS, D) for _ in range(5))
+    e[FAR], x[FAR], W[FAR] = torch.randn(D), torch.randn(D), torch.randn(D)
+    values, db = reserved(ROWS, 1), reserved(ROWS, 1)
+    values[FAR] = 0.5
+    offsets, ends = entries_of_the_far_latent()
+    order = torch.tensor([FAR], dtype=torch.int32)
+    scale = torch.tensor(2.0)
+    tiles = latents.latent_tiles(D, ENCODER=True, DVALUES=False, HAS_BIAS=False, ACCUMULATE=False)
+    programs_from(FAR)
+    latents.latent_kernel[(1,)](
+        e, x, values, order, offsets, ends, offsets, W, None, scale, values, dW_dec, dW_enc, db, dW_dec, dW_enc, db,
+        1, D, ROWS, 0, 256, **tiles.options(),
+    )  # fmt: skip
+    dv = 2 * (e[FAR] @ W[FAR])
+    torch.testing.assert_close(dW_dec[FAR], e[FAR])
+    torch.testing.assert_close(dW_enc[FAR], dv * x[FAR], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(db[FAR, 0], dv, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fused_step_moves_far_latents(programs_from: Callable[[int], None]) -> None:
+    weights = {name: reserved(ROWS, D) for name in ("w_enc", "m_enc", "v_enc", "w_dec", "m_dec", "v_dec", "e", "x")}
+    biases = {name: reserved(ROWS, 1) for name in ("b_enc", "m_b", "v_b")}
+    w_enc, w_dec, e, x = (weights[name] for name in ("w_enc", "w_dec", "e", "x"))
+    for tensor in (w_enc, w_dec, e, x):
+        tensor[FAR] = torch.randn(D)
+    values = reserved(ROWS, 1)
+    values[FAR] = 0.5
+    offsets, ends = entries_of_the_far_latent()
+    dv = 2 * (e[FAR] @ w_dec[FAR])
+    expected = stepped(w_dec[FAR], e[FAR]), stepped(w_enc[FAR], dv * x[FAR])
+    # `through` has a row per program, and this is program FAR of ROWS: the launcher takes 1024.
+    through = reserved(ROWS, D)
+    tiles = latents.block_tiles(sae_adam._block(D, False), HAS_BIAS=False, EXTRA=False, PARALLEL=False, UNIT=False)
+    programs_from(FAR)
+    sae_adam._step_kernel[(1,)](
+        e, x, values, torch.tensor([FAR], dtype=torch.int32), offsets, ends, torch.tensor(2.0), None,
+        *(weights[n] for n in ("w_enc", "m_enc", "v_enc")), *biases.values(),
+        *(weights[n] for n in ("w_dec", "m_dec", "v_dec")), None, None, None, None, None, None, None, through,
+        1, D, ROWS, ROWS, 256, *ADAM.values(), **tiles.options(),
+    )  # fmt: skip
+    torch.testing.assert_close(w_dec[FAR], expected[0])
+    torch.testing.assert_close(w_enc[FAR], expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_of_codes_in_csr_form_pass_2_to_the_31(programs_from: Callable[[int], None]) -> None:
+    """Row FAR of a batch with 2^20 latents: position n F + latent."""
+    n_latents, columns = 1 << 20, 1024
+    pre = torch.full((1, columns), -1.0)
+    pre[0, 7] = 3.0
+    bits, positions = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    count, ends = torch.ones(1, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
+    limit, filled = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    first = n_latents - columns
+    encode_csr._write_kernel[(1,)](
+        pre, torch.zeros(n_latents), None, limit, count, ends, filled, bits, positions, columns, first, FAR, n_latents,
+        **encode_csr._tiles(False).options(),
+    )  # fmt: skip
+    assert positions[0].item() == FAR * n_latents + first + 7 > 2**31
+    assert bits[:1].view(torch.float32).item() == 3.0
