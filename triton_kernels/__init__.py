@@ -4,9 +4,9 @@ A launcher takes contiguous 2-D tensors that the caller has checked and returns 
 registration or the choice of a back-end. Nothing here is imported by `import refusal_kernels`, which must not need
 Triton.
 
-Status of every kernel here: compiled ahead of time for sm_80, sm_90 and sm_100 (tests/test_triton_aot.py), checked
-against fp64 PyTorch in Triton's interpreter (tests/triton), and not yet run on a GPU. Every time in a docstring is a
-prediction.
+Status of every kernel here: compiled ahead of time for sm_80, sm_90 and sm_100 (tests/test_triton_aot.py) and checked
+against fp64 PyTorch in Triton's interpreter (tests/triton). What has been run and measured on which GPU is in
+benches/results/gpu and the README; a time in a docstring is a prediction unless it says that it was measured.
 """
 
 if __name__ != "refusal_kernels.triton_kernels":

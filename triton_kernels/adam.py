@@ -12,8 +12,7 @@ two row operations rows do not matter and the tensor is one flat vector. In plac
 program: deterministic.
 
 Bytes (fp32 parameters and states): 16 read + 12 written per parameter; about 20 flop. Roofline prediction (one
-matrix, F 131072, d 4096: 15 GB, H200): 3.5 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on
-a GPU.
+matrix, F 131072, d 4096: 15 GB, H200): 3.5 ms.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ order of summation and the division of hot latents into segments are those of ro
 
 Bytes: N k 2 d times the element size gathered + W_dec once + the gradients 2 F d 4 (written, or read and written when
 accumulating); 6 N k d flop. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): 34.4 GB gathered at 60 %
-from HBM + 4.3 GB, 7 to 8 ms. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+from HBM + 4.3 GB, 7 to 8 ms. Measured: 19.6 ms with the transposition of the codes (0.4), gradients written.
 """
 
 from __future__ import annotations
