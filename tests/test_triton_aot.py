@@ -8,13 +8,7 @@ architecture's limit, the architecture's own matrix instruction where a GEMM run
 in the kernels that gather rows.
 """
 
-import concurrent.futures
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -23,28 +17,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 CAPABILITIES = (80, 90, 100)
-WORKERS = max(2, min(8, os.cpu_count() or 2))
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("triton-cache")
-    # Own processes: the interpreter must be off, whatever this session runs under, and the compiler holds the GIL.
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # the same machine code, a fifth sooner
-
-    def compile_part(part: int) -> list[dict]:
-        command = [sys.executable, "-m", "refusal_kernels.triton_kernels.aot", "--part", f"{part}/{WORKERS}"]
-        command += ["--capability", *map(str, CAPABILITIES)]
-        root = Path(__file__).parent.parent
-        run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-8000:]
-        return [json.loads(line) for line in run.stdout.splitlines()]
-
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        parts = list(pool.map(compile_part, range(WORKERS)))
-    return [kernel for part in parts for kernel in part]
 
 
 def test_every_configuration_of_every_kernel_was_compiled(compiled):
