@@ -485,7 +485,7 @@ def test_opcheck(backend, dtype):
         torch.library.opcheck(ops.sparse_decode_csr_backward.default, (x, values, latents, offsets, W, *flags, backend))
 
 
-def test_fullgraph_gives_the_same_gradients(monkeypatch):
+def test_fullgraph_gives_the_same_gradients():
     """The number of entries is data: Dynamo wants to be told that a graph may hold such a size, and breaks it else."""
 
     def loss(x, W_enc, b_enc, W_dec, b_dec):
@@ -499,10 +499,10 @@ def test_fullgraph_gives_the_same_gradients(monkeypatch):
     whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for function, told in ((loss, False), (whole, True), (torch.compile(loss, backend="eager"), False)):
         torch.compiler.reset()
-        monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", told)
         leaves = [t.clone().requires_grad_() for t in start]
-        value = function(*leaves)
-        value.backward()
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=told):
+            value = function(*leaves)
+            value.backward()
         results.append([value.detach(), *(leaf.grad for leaf in leaves)])
     torch.compiler.reset()
     for other in results[1:]:

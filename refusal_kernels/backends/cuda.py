@@ -43,8 +43,6 @@ class CudaBackend(Backend):
     def primitive(self, name: str) -> Any | None:
         if name not in _PRIMITIVES or native.operator("refusal_kernels_cuda", _PRIMITIVES[name]) is None:
             return None
-        if name == "topk_encode_backward":
-            return TritonBackend().primitive(name)
         return self._operator(name) if name == "sparse_decode" else getattr(self, name)
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
@@ -67,6 +65,11 @@ class CudaBackend(Backend):
         encode = importlib.import_module("refusal_kernels.triton_kernels.encode")
         row_filter = encode.RowFilter(FILTER_CAPACITY, self._operator("row_filter"))
         return encode.topk_encode(x, W_enc, b_enc, k, b_dec, row_filter=row_filter)
+
+    def topk_encode_backward(self, *arguments: Any) -> Any:
+        """As in refusal_kernels.reference; Triton's kernels."""
+        backward = importlib.import_module("refusal_kernels.triton_kernels.backward")
+        return backward.topk_encode_backward(*arguments)
 
     def sparse_decode_backward(
         self, grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
