@@ -245,6 +245,18 @@ def test_replaced_storage_and_a_changed_basis() -> None:
     assert all(torch.equal(p, q) for p, q in zip(parameters, others, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_basis_without_columns_and_an_empty_parameter_hold_nothing(backend: str) -> None:
+    parameters = [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(6, 0)), nn.Parameter(torch.ones(6, 4))]
+    bases = [(parameters[0], torch.empty(6, 0), 0), (parameters[1], basis_of(6, 2), 0)]
+    optimizer = rk.ProjectedAdamW(parameters, bases, backend=backend)
+    give_gradients(parameters, 0)
+    parameters[2].grad = parameters[0].grad
+    optimizer.step()
+    assert optimizer.held(parameters[0]) is optimizer.held(parameters[1]) is None
+    assert torch.equal(parameters[0], parameters[2])
+
+
 def test_the_step_counts_as_a_change_and_takes_a_closure() -> None:
     parameter = nn.Parameter(torch.ones(6, 4))
     optimizer = rk.ProjectedAdamW([parameter], [(parameter, basis_of(6, 2), 0)], lr=0.1)

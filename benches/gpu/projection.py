@@ -5,8 +5,8 @@ CUDA graph, which leaves out what the host does. Predictions for an H200: 0.15, 
 (triton_kernels/projection.py).
 
 After them the columns of `benches.projected_adam`, an optimizer's step on the same matrices. Predictions for an H200,
-beside what the host does: fused AdamW 0.27 ms at any r; AdamW, then the projection of the difference, 0.71, 0.93,
-1.20 ms; rk.ProjectedAdamW 0.41, 0.53, 0.72 ms (triton_kernels/projected_adam.py).
+beside what the host does: fused AdamW 0.27 ms at any r; AdamW, then the projection of the difference, 0.74, 0.97,
+1.23 ms; rk.ProjectedAdamW 0.42, 0.66, 0.92 ms (triton_kernels/projected_adam.py).
 """
 
 from __future__ import annotations

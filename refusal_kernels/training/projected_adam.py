@@ -76,7 +76,8 @@ class ProjectedAdamW(torch.optim.Optimizer):
             Groups that `add_param_group` adds later are stepped by plain AdamW.
         bases: (parameter, basis, dim) of each parameter to be held. parameter: one of `params`, fp32 (fp64 on the
             reference and CPU back-ends), any shape of at least one dimension. basis: [parameter.shape[dim], r] with
-            orthonormal columns on the same device. It is copied; entries that give the same one share the copy.
+            orthonormal columns on the same device; r = 0 is allowed. It is copied; entries that give the same one share
+            the copy.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         strength: s in [0, 1], the share of the component in the subspace that is taken out of the update.
         backend: as in the operators; for the held parameters.
@@ -128,7 +129,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def held(self, parameter: Tensor) -> tuple[Tensor, int] | None:
-        """(basis [n, r], dim) of a parameter whose updates are projected, None for any other."""
+        """(basis [n, r], dim) of a parameter whose updates are projected, None for any other, and where r = 0."""
         found = self._held.get(parameter)
         return None if found is None else (found.basis, found.dim)
 
@@ -163,6 +164,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         held: dict[Tensor, _Held] = {}
         copies: dict[Any, Tensor] = {}
         sources = {}
+        seen: set[int] = set()
         for i, entry in enumerate(bases):
             if not isinstance(entry, (tuple, list)) or len(entry) != 3:
                 raise TypeError(f"{OP}: bases[{i}] must be (parameter, basis, dim); got {describe(entry)}")
@@ -173,7 +175,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
                     f"{OP}: bases[{i}] must name one of params; got a tensor that is not among them, "
                     f"{describe(parameter)}"
                 )
-            if parameter in held:
+            if id(parameter) in seen:
                 raise ValueError(
                     f"{OP}: bases[{i}] must name a parameter of its own; got one that an earlier entry has"
                 )
@@ -182,12 +184,14 @@ class ProjectedAdamW(torch.optim.Optimizer):
                     f"{OP}: bases[{i}] parameter must be fp32 or fp64, because rounding to 16 bits moves it in the "
                     f"subspace (keep fp32 weights and autocast); got {describe(parameter)}"
                 )
+            seen.add(id(parameter))
             check_writable(OP, f"bases[{i}] parameter", parameter)
             check_orthonormal(OP, f"bases[{i}] basis", basis)
             key = (basis.data_ptr(), basis.shape, basis.stride(), basis.dtype, basis.device, parameter.dtype)
             if key not in copies:
                 copies[key] = basis.detach().to(parameter.dtype).clone(memory_format=torch.contiguous_format)
-            held[parameter] = _Held(copies[key], dim)
+            if copies[key].numel() > 0 and parameter.numel() > 0:  # nothing to hold otherwise
+                held[parameter] = _Held(copies[key], dim)
             sources[f"bases[{i}] parameter"] = parameter
         check_no_overlaps(OP, sources, {})
         return held
