@@ -21,6 +21,7 @@ from .ops.topk_encode import topk_encode
 from .training.auxk import aux_k_loss
 from .training.dead import DeadLatents
 from .training.optimizer import SAEAdam
+from .training.projected_adam import ProjectedAdamW
 from .training.step import SAEStepOutput, sae_step
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "DeadLatents",
+    "ProjectedAdamW",
     "ProjectionPlan",
     "SAEAdam",
     "SAEStepOutput",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import (
+    ProjectedAdamW,
     ProjectionPlan,
     SAEAdam,
     batch_topk_encode,
@@ -174,6 +175,20 @@ def _project_out(backend: str, device: str, dtype: torch.dtype) -> Results:
     return results
 
 
+def _projected_adam(backend: str, device: str, dtype: torch.dtype) -> Results:
+    """Both sides in two steps: 16 fibres of 64 numbers, which Triton's fused kernels take, and 12."""
+    basis = torch.eye(64, device=device)[:, ::9].contiguous()
+    shapes = {"dimension 0": (64, 16), "dimension 1": (16, 64), "12 fibres": (64, 12)}
+    weights = [torch.nn.Parameter(_integers(*shape, seed=18, device=device, dtype=dtype)) for shape in shapes.values()]
+    held = [(w, basis, w.shape.index(64)) for w in weights]
+    optimizer = ProjectedAdamW(weights, held, lr=0.01, strength=0.5, backend=backend)
+    for seed in (19, 20):
+        for w in weights:
+            w.grad = _integers(*w.shape, seed=seed, device=device, dtype=dtype)
+        optimizer.step()
+    return dict(zip(shapes, weights, strict=True))
+
+
 def _gradients(**leaves: Tensor) -> Results:
     return {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -188,4 +203,5 @@ CHECKS: dict[str, tuple[Callable[[str, str, torch.dtype], Results], bool, tuple[
     "sae_step": (_sae_step, False, ("sae_step",)),
     "sae_adam": (_sae_adam, False, ("sae_adam",)),
     "project_out": (_project_out, True, ("project_out", "project_out_backward")),
+    "projected_adam": (_projected_adam, False, ("projected_adam",)),
 }

@@ -24,7 +24,7 @@ import refusal_kernels as rk
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import experiment, harness, memory, model, premises, projection, results, torch_paths  # noqa: E402
+from benches import experiment, harness, memory, model, premises, projected_adam, projection, results, torch_paths  # noqa: E402
 from benches.columns import TOLERANCE, Case, Column  # noqa: E402
 from benches.gpu import table as gpu_table  # noqa: E402
 from benches.problem import Problem  # noqa: E402
@@ -434,6 +434,17 @@ def test_projection_counts_what_it_moves_and_its_columns_agree() -> None:
     assert all(len(calls) == 1 for calls in times.values())
     case = {"r": 4, "flops": 1, "bytes": 1, "columns": {n: {"seconds": min(c)} for n, c in times.items()}}
     assert len(projection.table([case]).splitlines()) == 2
+
+
+def test_the_optimizers_that_project_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = projection.problem(layers=1, r=3, device="cpu")
+    columns, error = projected_adam.columns(entries, "cpu")
+    assert rk.last_backend("projected_adam") == "cpu"
+    assert set(columns) == {"AdamW", "difference", "ours"}
+    assert 0 < error <= projected_adam.TOLERANCE
+    monkeypatch.setattr(rk.ProjectedAdamW, "step", lambda _: None)
+    with pytest.raises(AssertionError, match="ours is off by"):
+        projected_adam.columns(entries, "cpu")
 
 
 def test_projection_refuses_a_column_that_is_wrong() -> None:

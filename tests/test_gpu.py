@@ -569,6 +569,34 @@ def test_projection_plan_equals_single_calls_and_never_waits(backend, device):
         torch.testing.assert_close(tensor, want, rtol=2 * eps, atol=8 * eps)
 
 
+@pytest.mark.sanitizer
+@everywhere
+def test_projected_adam_is_adamw_and_the_projection_of_its_update_and_never_waits(backend, device):
+    """Fused where it fits, at three ranks, and not; gradients lie elsewhere at every step, as after zero_grad."""
+    shapes = [((2112, 16), 0, 100), ((32, 1088), 1, 100), ((64, 16), 0, 16), ((16, 192), 1, 5), ((50, 7), 0, 3)]
+    weights = [torch.randn(shape) for shape, _, _ in shapes]
+    bases = [a_basis(shape[dim], r, "cpu") for shape, dim, r in shapes]
+    gradients = [[torch.randn_like(w) for w in weights] for _ in range(3)]
+
+    def stepped(where: str, dtype: torch.dtype, by: str) -> list[Tensor]:
+        moved = [torch.nn.Parameter(w.to(where, dtype, copy=True)) for w in weights]
+        held = [(p, u.to(where, dtype), dim) for p, u, (_, dim, _) in zip(moved, bases, shapes, strict=True)]
+        optimizer = rk.ProjectedAdamW(moved, held, lr=0.02, weight_decay=0.3, strength=0.7, backend=by)
+        for i, of_step in enumerate(gradients):
+            for p, g in zip(moved, of_step, strict=True):
+                p.grad = g.to(where, dtype)
+            with waiting_is_an_error(where) if i else contextlib.nullcontext():  # the first compiles, makes its tables
+                optimizer.step()
+        ran(by, "projected_adam")
+        return [p.detach() for p in moved]
+
+    exact, own = stepped("cpu", torch.float64, "reference"), stepped(device, torch.float32, "reference")
+    ours, again = (stepped(device, torch.float32, backend) for _ in range(2))
+    for p, q, e, o in zip(ours, again, exact, own, strict=True):
+        close(p, e, o, 2)
+        assert torch.equal(p, q)
+
+
 @everywhere
 def test_projections_in_a_graph(backend, device):
     g, u = torch.randn(16, 300, device=device), a_basis(300, 9, device)

@@ -88,6 +88,7 @@ def test_check_of_an_unknown_operator_names_the_known_ones() -> None:
         ("adam_rows", "sae_adam", "W_enc"),
         ("project_out", "project_out", "projection"),
         ("project_out_grouped", "project_out", "plan"),
+        ("project_out_grouped", "projected_adam", "dimension 0"),
     ],
 )
 def test_a_kernel_that_computes_nonsense_is_found(

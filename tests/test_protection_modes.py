@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import refusal_kernels as rk
 from refusal_kernels.python_api.features.basis import RefusalBasis
 from refusal_kernels.python_api.models import load_model
 from refusal_kernels.python_api.prompts import builtin
@@ -126,7 +128,7 @@ def animal_leak(animal: tuple[Any, Any], mode: str, make: Any, steps: int = 12) 
     model = adapted(copy.deepcopy(base), r=8, lora_alpha=8)
     basis = RefusalBasis(z={layer: directions(256, 8, layer) for layer in (2, 3)})
     protection = protect(model, basis, mode=mode, preflight=False)
-    optimizer = make(trainable(model))
+    optimizer = make(trainable(model)) if make else protection.optimizer(lr=3e-3)
     protection.attach(optimizer)
     dialogues = builtin.benign(16)
     batch = chat.batch([chat.encode(d.prompt, d.answer) for d in dialogues])
@@ -148,6 +150,51 @@ def test_exact_modes_do_not_leak_under_adamw(animal: tuple[Any, Any], mode: str)
     assert leak < 1e-6
     assert losses[-1] < losses[0]
     assert said == []
+
+
+def test_an_optimizer_that_projects_itself_does_not_leak(animal: tuple[Any, Any]) -> None:
+    """`optimizer` against the hooks of mode "update" around AdamW: the same losses, and no leak either."""
+    leak, losses, said = animal_leak(animal, "update", None)
+    assert rk.last_backend("projected_adam") == "cpu"
+    assert leak < 1e-6
+    assert losses[-1] < losses[0]
+    assert said == []
+    hooked = animal_leak(animal, "update", lambda p: torch.optim.AdamW(p, lr=3e-3))[1]
+    assert losses == pytest.approx(hooked, rel=1e-4)
+
+
+def test_an_optimizer_that_projects_itself_gets_no_hooks() -> None:
+    """It is taken as it is where it does what the protection would, and refused where it would do something else."""
+    model = adapted()
+    protection = protect(model, BASIS, mode="update", preflight=False)
+    optimizer = protection.optimizer(1e-2, weight_decay=0.1)
+    protection.attach(optimizer)
+    assert not protection._steppers
+    assert not optimizer._optimizer_step_post_hooks
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in trainable(model)]
+    factors = protection._factors()
+    assert all(optimizer.held(f.parameter) is not None for f in factors)
+    for i in range(5):
+        step(model, optimizer, i)
+    assert protection.leak() < 1e-6
+    entries = [f.entry(f.parameter) for f in factors]
+    turned = (factors[0].parameter, factors[0].U.flip(0).contiguous(), factors[0].dim)
+    for bases, options, words in (
+        (entries[1:], {}, f"does not hold {re.escape(factors[0].name)}"),
+        ([turned, *entries[1:]], {}, "holds in another subspace"),
+        (entries, {"strength": 0.5}, "with strength 0.5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            protection.attach(rk.ProjectedAdamW(trainable(model), bases, **options))
+    protection.attach(rk.ProjectedAdamW(trainable(model), []))  # holds nothing: any optimizer
+    assert len(protection._steppers) == 1
+    weight = protect(adapted(), BASIS, mode="weight", preflight=False)
+    with pytest.raises(ValueError, match="mode 'update'"):
+        weight.optimizer()
+    entries = [f.entry(f.parameter) for f in weight._factors()]
+    with pytest.raises(ValueError, match="got mode 'weight'"):
+        weight.attach(rk.ProjectedAdamW(trainable(weight.model), entries))
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit"])

@@ -28,6 +28,7 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
         encode,
         encode_csr,
         lora_projection,
+        projected_adam,
         projection,
         registry,
         sae_adam,
@@ -49,6 +50,7 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
         name
         for module in (
             encode, encode_csr, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection,
+            projected_adam,
         )
         for name in vars(module)
         if name.endswith("_kernel")

@@ -39,7 +39,7 @@ ITEM = 4  # descriptor, block of fibres, slab, where the block's partial sums be
 
 
 @triton.jit
-def _rows_of(basis, line, rank, RANK: tl.constexpr, PADDED: tl.constexpr):
+def rows_of(basis, line, rank, RANK: tl.constexpr, PADDED: tl.constexpr):
     """u [BN, PADDED] of the rows `line`, which exist; columns beyond RANK are 0."""
     at = basis + line[:, None] * RANK + rank[None, :]
     if RANK == PADDED:
@@ -70,13 +70,13 @@ def lora_coefficients_kernel(
     if tl.load(row + 5) == 1:  # the projected dimension is the contiguous one
         for start in tl.range(begin, end, BN, num_stages=STAGES):
             line = start + tl.arange(0, BN)
-            u = _rows_of(basis, line, rank, RANK, PADDED)
+            u = rows_of(basis, line, rank, RANK, PADDED)
             g = tl.load(source + (block * BF + lane)[:, None] * n + line[None, :]).to(tl.float32)
             total = tl.dot(tl.trans(u), tl.trans(g), total, input_precision="tf32x3")
     else:
         for start in tl.range(begin, end, BN, num_stages=STAGES):
             line = start + tl.arange(0, BN)
-            u = _rows_of(basis, line, rank, RANK, PADDED)
+            u = rows_of(basis, line, rank, RANK, PADDED)
             g = tl.load(source + line[:, None] * fibres + (block * BF + lane)[None, :]).to(tl.float32)
             total = tl.dot(tl.trans(u), g, total, input_precision="tf32x3")
     out = partial_ptr + tl.load(item + 3) + slab * PADDED * BF
@@ -116,14 +116,14 @@ def lora_update_kernel(
         turned = tl.trans(c)
         for start in tl.range(begin, end, BN, num_stages=STAGES):
             line = start + tl.arange(0, BN)
-            u = _rows_of(basis, line, rank, RANK, PADDED)
+            u = rows_of(basis, line, rank, RANK, PADDED)
             place = source + (block * BF + lane)[:, None] * n + line[None, :]
             g = tl.load(place).to(tl.float32) - tl.dot(turned, tl.trans(u), input_precision="tf32x3")
             tl.store(place, g.to(source.dtype.element_ty))
     else:
         for start in tl.range(begin, end, BN, num_stages=STAGES):
             line = start + tl.arange(0, BN)
-            u = _rows_of(basis, line, rank, RANK, PADDED)
+            u = rows_of(basis, line, rank, RANK, PADDED)
             place = source + line[:, None] * fibres + (block * BF + lane)[None, :]
             g = tl.load(place).to(tl.float32) - tl.dot(u, c, input_precision="tf32x3")
             tl.store(place, g.to(source.dtype.element_ty))
@@ -142,7 +142,7 @@ def lora_tiles(rank: int, padded: int) -> Tiles:
     return Tiles(constexprs, warps, stages)
 
 
-def _padded(rank: int) -> int:
+def padded_rank(rank: int) -> int:
     return next(width for width in _TILES if width >= rank)
 
 
@@ -173,7 +173,7 @@ def prepare(
 ) -> Callable[[], None]:
     """projection.prepare_projection for a plan that `fits`: two launches a call."""
     rank = bases[basis_of[0]].shape[1]
-    tiles = lora_tiles(rank, _padded(rank))
+    tiles = lora_tiles(rank, padded_rank(rank))
     slab, part = tiles.constexprs["SLAB"], tiles.constexprs["PADDED"] * WIDTH
     rows: list[list[int]] = []
     items: list[int] = []

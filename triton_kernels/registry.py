@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import adam, backward, backward_csr, decode, encode, encode_csr, lora_projection, projection, sae_adam
+from . import (
+    adam,
+    backward,
+    backward_csr,
+    decode,
+    encode,
+    encode_csr,
+    lora_projection,
+    projected_adam,
+    projection,
+    sae_adam,
+)
 from .launch import Configuration
 
 
 def configurations() -> Iterator[Configuration]:
     """The configurations of every kernel file."""
-    for module in (encode, encode_csr, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection):
+    modules = (
+        encode, encode_csr, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection, projected_adam
+    )  # fmt: skip
+    for module in modules:
         yield from module.configurations()

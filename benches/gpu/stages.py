@@ -112,7 +112,7 @@ def stages(quick: bool) -> list[Stage]:
             found += sanitizers()
     found += [
         Stage("limits", python("-m", "benches.gpu.limits"), 60, json_lines),
-        Stage("projection", python("-m", "benches.gpu.projection"), 60, json_lines),
+        Stage("projection", python("-m", "benches.gpu.projection"), 90, json_lines),
         Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, json_lines),
     ]
     return found

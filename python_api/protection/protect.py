@@ -35,7 +35,7 @@ from .adapters import (
 from .leak import Leak, lora_leak
 from .projected import ProjectedLinear, whole
 from .sites import Constraint, constraints_for
-from .stepping import Factor, ProtectionWarning, StepProjector, innermost
+from .stepping import Factor, ProtectionWarning, StepProjector, innermost, projects_itself
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -168,17 +168,48 @@ class Protection:
     def attach(self, optimizer: Any) -> None:
         """Projects around every step of `optimizer`, a torch optimizer or accelerate's wrapper of one.
 
-        Mode "forward" needs no optimizer, so a loop may call this in any mode. Attaching one twice changes nothing.
+        Mode "forward" needs no optimizer, so a loop may call this in any mode. Attaching one twice changes nothing, nor
+        does attaching one of `optimizer`, or any rk.ProjectedAdamW that holds the same weights in the same subspaces
+        with the same strength: it projects its updates itself.
 
         Raises:
-            TypeError, ValueError: no torch optimizer, or one that does not train the constrained weights.
+            TypeError, ValueError: no torch optimizer, one that does not train the constrained weights, or a
+                ProjectedAdamW that holds some of them otherwise.
         """
         self._check_active("attach")
         if self.mode == "forward" or any(s.optimizer is innermost(optimizer) for s in self._steppers):
             return
+        if projects_itself(innermost(optimizer), self._factors(), self.mode, self.strength):
+            return
         self._steppers.append(
             StepProjector(optimizer, self._factors(), self.mode, self.strength, self._project_start, self.leak)
         )
+
+    def optimizer(self, lr: float = 1e-3, **options: Any) -> rk.ProjectedAdamW:
+        """AdamW over all trainable parameters that keeps the updates of the constrained ones in the complement itself:
+        mode "update" without hooks, copies and passes of its own. It needs no `attach`, and `remove` does not end it.
+
+        Args:
+            lr, options: as in rk.ProjectedAdamW (betas, eps, weight_decay, backend).
+
+        Raises:
+            ValueError: another mode than "update", or no constrained weight is trainable.
+        """
+        self._check_active("optimizer")
+        if self.mode != "update":
+            raise ValueError(f"optimizer: projects updates, which is mode 'update'; this protection has {self.mode!r}")
+        factors = [f for f in self._factors() if f.parameter.requires_grad]
+        if not factors:
+            raise ValueError("optimizer: no constrained adapter weight is trainable (is_trainable=True was not given?)")
+        moved: dict[Any, Tensor] = {}  # one copy per device of a basis that many factors share
+        bases = []
+        for f in factors:
+            key = (id(f.U), f.parameter.device)
+            if key not in moved:
+                moved[key] = f.U.to(f.parameter.device)
+            bases.append((f.parameter, moved[key], f.dim))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return rk.ProjectedAdamW(trained, bases, lr, strength=self.strength, **options)
 
     def detach(self) -> None:
         """Takes the hooks off every attached optimizer."""

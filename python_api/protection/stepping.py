@@ -59,6 +59,36 @@ def innermost(optimizer: Any) -> Optimizer:
     return inner
 
 
+def projects_itself(optimizer: Optimizer, factors: list[Factor], mode: str, strength: float) -> bool:
+    """Whether `optimizer` is a ProjectedAdamW that holds the trained factors as mode "update" would, so that no hook is
+    needed.
+
+    Raises:
+        ValueError: it holds some of them, but not all, in another mode, or in another subspace or strength: hooks
+            would project a second time what it projects already.
+    """
+    if not isinstance(optimizer, rk.ProjectedAdamW):
+        return False
+    trained = [f for f in factors if f.parameter.requires_grad]
+    if not any(optimizer.held(f.parameter) for f in trained):
+        return False
+    if mode != "update" or optimizer.strength != strength:
+        raise ValueError(
+            f"optimizer: this ProjectedAdamW projects updates itself, with strength {optimizer.strength:g}, which fits "
+            f"mode='update' of the same strength only; got mode {mode!r}, strength {strength:g}. Give it bases=[], or "
+            "take another optimizer"
+        )
+    for f in trained:
+        held = optimizer.held(f.parameter)
+        if held is None or held[1] != f.dim or not torch.equal(held[0], f.U.to(held[0])):
+            why = "does not hold" if held is None else "holds in another subspace"
+            raise ValueError(
+                f"optimizer: this ProjectedAdamW {why} {f.name}, though it holds other constrained adapter weights; "
+                "protection.optimizer() makes one that fits"
+            )
+    return True
+
+
 class StepProjector:
     """The hooks of one mode on one optimizer.
 

@@ -54,10 +54,14 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "sae_step": ("topk_encode", "decode_residual", "sae_backward"),
     "sae_adam": ("adam_rows",),
     "project_out": ("project_out", "project_out_grouped"),
+    "projected_adam": ("adam_rows", "project_out_grouped"),
 }
 
+# Training steps, which have no backward pass of their own.
+_STEPS = ("sae_step", "sae_adam", "projected_adam")
+
 # Backward passes, which are recorded by names of their own.
-BACKWARD = {f"{op}_backward" for op in OPERATORS if not op.startswith("sae_")}
+BACKWARD = {f"{op}_backward" for op in OPERATORS if op not in _STEPS}
 
 NAMES = (*BACKENDS, "auto")
 
@@ -105,8 +109,8 @@ def last_backend(op: str) -> str | None:
     """The back-end that ran the last call of an operator in this process; None before its first.
 
     `op` is "topk_encode", "sparse_decode", "batch_topk_encode", "threshold_encode", "sparse_decode_csr", "project_out"
-    (which `ProjectionPlan.apply_` counts as), any of these with "_backward" for its backward pass, "sae_step" or
-    "sae_adam".
+    (which `ProjectionPlan.apply_` counts as), any of these with "_backward" for its backward pass, "sae_step",
+    "sae_adam" or "projected_adam".
     """
     known = set(OPERATORS) | BACKWARD
     if op not in known:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class BackendError(RuntimeError):
@@ -54,6 +55,38 @@ class Backend:
         primitive = self.primitive("project_out_grouped")
         assert primitive is not None, f"{self.name} has no project_out_grouped, which not_supported_reasons says first"
         return functools.partial(primitive, *arguments)
+
+    def prepare_projected_adam(
+        self,
+        parameters: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        dims: list[int],
+        bases: list[Tensor],
+        basis_of: list[int],
+        strength: float,
+    ) -> Callable[..., None]:
+        """run(gradients, lr, beta1, beta2, eps, bias_correction1, bias_correction2, weight_decay): a step of AdamW on
+        every parameter, without `strength` of what it would move along span(bases[basis_of[i]]) in dims[i].
+
+        Moments and gradients are contiguous, a parameter need not be. Here from the primitives, by way of a workspace
+        of the parameters' size: AdamW's movement d, which begins as the weight decay's; its projection; p += d.
+        """
+        adam_rows = self.primitive("adam_rows")
+        assert adam_rows is not None, f"{self.name} has no adam_rows, which not_supported_reasons says first"
+        moved = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
+        project = self.prepare_projection(moved, dims, bases, basis_of, [], [-1] * len(moved), strength)
+
+        def run(gradients: list[Tensor], *numbers: float) -> None:
+            *adam, weight_decay = numbers
+            for p, g, m, v, d in zip(parameters, gradients, exp_avgs, exp_avg_sqs, moved, strict=True):
+                torch.mul(p, -adam[0] * weight_decay, out=d)
+                rows = (t.view(1, -1) for t in (d, g, m, v))
+                adam_rows(*rows, *adam, None, False, False)
+            project()
+            torch._foreach_add_(parameters, moved)
+
+        return run
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         """Every reason why `op` cannot run here for `request`; empty when it can."""

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from .base import Backend, Request
 
 _MODULES = {
@@ -73,6 +75,34 @@ class TritonBackend(Backend):
     def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
         module = importlib.import_module("refusal_kernels.triton_kernels.projection")
         return module.prepare_projection(*arguments)
+
+    def prepare_projected_adam(
+        self,
+        parameters: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        dims: list[int],
+        bases: list[Tensor],
+        basis_of: list[int],
+        strength: float,
+    ) -> Callable[..., None]:
+        fused = importlib.import_module("refusal_kernels.triton_kernels.projected_adam")
+        tensors = list(zip(parameters, exp_avgs, exp_avg_sqs, strict=True))
+        groups: dict[int, list[int]] = {}  # of one rank each; -1: what the fused kernels do not take
+        for i, (each, dim, b) in enumerate(zip(tensors, dims, basis_of, strict=True)):
+            groups.setdefault(bases[b].shape[1] if fused.takes(*each, dim, bases[b]) else -1, []).append(i)
+        runs = []
+        for rank, members in groups.items():
+            prepare = super().prepare_projected_adam if rank < 0 else fused.prepare
+            p, m, v = ([each[i] for i in members] for each in (parameters, exp_avgs, exp_avg_sqs))
+            of = [dims[i] for i in members], bases, [basis_of[i] for i in members]
+            runs.append((members, prepare(p, m, v, *of, strength)))
+
+        def run(gradients: list[Tensor], *numbers: float) -> None:
+            for members, step in runs:
+                step([gradients[i] for i in members], *numbers)
+
+        return run
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         if (unavailable := self.unavailable_reason()) is not None:

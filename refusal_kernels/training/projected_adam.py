@@ -1,0 +1,286 @@
+"""ProjectedAdamW: AdamW whose update never enters a subspace.
+
+A gradient in the complement of span(U) does not keep Adam there: the division by sqrt(v) mixes the coordinates, and
+momentum and weight decay bring in what was never projected. Here the update itself is projected, in the step that makes
+it:
+
+    1. g, m, v, p -> m, v and the movement d, decoupled weight decay included; U^T d, slab by slab
+    2. p += d - s U (U^T d)
+
+d is a workspace of the held parameters' size. Bytes per parameter in fp32, as a prediction, beside the reads of U:
+
+    28  AdamW alone, fused: g, m, v, p read, m, v, p written
+    40  this in two sweeps (Triton): g, m, v, p read, m, v, d written; d, p read, p written (36 without weight decay,
+        which is what has p read by the first sweep)
+    60  this from primitives (CPU): d = -lr wd p, Adam on d, the two sweeps of the projection, p += d
+    72  AdamW, then by hooks: the copy before (8), the difference (12), its projection (12), the sum (12)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ..backends import Backend, Request, requested_backend, select
+from ..checks import check_not_negative, describe
+from ..ops.basis_checks import check_orthonormal, check_projection, check_strength
+from ..ops.library import without_autocast
+from ..ops.overlaps import check_no_overlaps, check_writable
+from .optimizer import check_betas
+
+OP = "ProjectedAdamW"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The basis of a held parameter, [n, r] contiguous in the parameter's dtype, and the dimension it spans."""
+
+    basis: Tensor
+    dim: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Held parameters that one call steps: of one group, device, dtype and count of steps."""
+
+    group: int
+    step: int
+    backend: Backend
+    parameters: list[Tensor]
+
+
+class ProjectedAdamW(torch.optim.Optimizer):
+    """AdamW that moves the parameters it holds in the complement of a subspace only.
+
+    Equivalent to, per step::
+
+        before = [p.clone() for p, _, _ in bases]
+        torch.optim.AdamW(params, lr, betas, eps, weight_decay).step()
+        for (p, U, dim), old in zip(bases, before):
+            p.copy_(old + rk.project_out(p - old, U, dim, strength))
+
+    without the copies: the update, decoupled weight decay included, is projected before it is subtracted. Other
+    parameters are stepped by torch's own AdamW. Parameters without a gradient are left alone. The state is
+    torch.optim.AdamW's (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints of either load into the other; a resumed run
+    repeats an uninterrupted one bit for bit. Learning-rate schedulers, GradScaler, deepcopy and pickle work as with any
+    optimizer; `maximize` and `amsgrad` are not offered. What p holds in span(U) before the first step stays there.
+
+    Args:
+        params: parameters or groups, as in torch.optim.AdamW; a group may have its own lr, betas, eps, weight_decay.
+            Groups that `add_param_group` adds later are stepped by plain AdamW.
+        bases: (parameter, basis, dim) of each parameter to be held. parameter: one of `params`, fp32 (fp64 on the
+            reference and CPU back-ends), any shape of at least one dimension. basis: [parameter.shape[dim], r] with
+            orthonormal columns on the same device; r = 0 is allowed. It is copied; entries that give the same one share
+            the copy.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        strength: s in [0, 1], the share of the component in the subspace that is taken out of the update.
+        backend: as in the operators; for the held parameters.
+
+    Raises:
+        ValueError, TypeError: an argument is not as said above; the message names it.
+        BackendError (`step`): the back-end asked for cannot run a held parameter; nothing is changed then.
+
+    Source: Loshchilov & Hutter, arXiv 1711.05101; the projection of the update: Adam-NSCL, Wang et al., CVPR 2021.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        bases: Sequence[tuple[Tensor, Tensor, int]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        strength: float = 1.0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        self.strength = check_strength(OP, strength)
+        requested_backend(backend)
+        self.backend = backend
+        self._prepared: dict[Any, tuple[Any, Callable[..., None]]] = {}
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._held = self._hold(bases)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Optimizer's own keeps its three attributes alone. What is prepared has addresses in it.
+        options = {name: getattr(self, name) for name in ("strength", "backend", "_held")}
+        return {**super().__getstate__(), **options, "_prepared": {}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer. Raises ValueError or TypeError for options that torch.optim.AdamW would refuse too."""
+        super().add_param_group(param_group)
+        try:
+            _check_options(self.param_groups[-1])
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state of a ProjectedAdamW or torch.optim.AdamW; bases and strength stay those of this optimizer."""
+        for group in state_dict["param_groups"]:
+            _check_options(group)
+        super().load_state_dict(state_dict)
+
+    def held(self, parameter: Tensor) -> tuple[Tensor, int] | None:
+        """(basis [n, r], dim) of a parameter whose updates are projected, None for any other, and where r = 0."""
+        found = self._held.get(parameter)
+        return None if found is None else (found.basis, found.dim)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of the parameters that have a `.grad`, which is only read."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches, plain = [], []
+        for number, group in enumerate(self.param_groups):
+            present = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in present):
+                raise ValueError(f"{OP}: gradients must be dense; got a sparse one in param_groups[{number}]")
+            batches += self._batches(number, [p for p in present if p in self._held])
+            plain.append([p for p in present if p not in self._held])
+        for group, parameters in zip(self.param_groups, plain, strict=True):
+            self._plain_step(group, parameters)
+        slots: dict[Any, int] = {}
+        for batch in batches:
+            first = batch.parameters[0]
+            kind = (batch.group, first.device, first.dtype)
+            slots[kind] = slots.get(kind, -1) + 1
+            self._projected_step(batch, (*kind, slots[kind]))
+        return loss
+
+    def _hold(self, bases: Any) -> dict[Tensor, _Held]:
+        if isinstance(bases, (str, bytes, Tensor, dict)) or not hasattr(bases, "__iter__"):
+            raise TypeError(f"{OP}: bases must be a sequence of (parameter, basis, dim); got {describe(bases)}")
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        held: dict[Tensor, _Held] = {}
+        copies: dict[Any, Tensor] = {}
+        sources = {}
+        seen: set[int] = set()
+        for i, entry in enumerate(bases):
+            if not isinstance(entry, (tuple, list)) or len(entry) != 3:
+                raise TypeError(f"{OP}: bases[{i}] must be (parameter, basis, dim); got {describe(entry)}")
+            parameter, basis, dim = entry
+            dim = check_projection(OP, parameter, basis, dim, None, f"bases[{i}] ")
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"{OP}: bases[{i}] must name one of params; got a tensor that is not among them, "
+                    f"{describe(parameter)}"
+                )
+            if id(parameter) in seen:
+                raise ValueError(
+                    f"{OP}: bases[{i}] must name a parameter of its own; got one that an earlier entry has"
+                )
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"{OP}: bases[{i}] parameter must be fp32 or fp64, because rounding to 16 bits moves it in the "
+                    f"subspace (keep fp32 weights and autocast); got {describe(parameter)}"
+                )
+            seen.add(id(parameter))
+            check_writable(OP, f"bases[{i}] parameter", parameter)
+            check_orthonormal(OP, f"bases[{i}] basis", basis)
+            key = (basis.data_ptr(), basis.shape, basis.stride(), basis.dtype, basis.device, parameter.dtype)
+            if key not in copies:
+                copies[key] = basis.detach().to(parameter.dtype).clone(memory_format=torch.contiguous_format)
+            if copies[key].numel() > 0 and parameter.numel() > 0:  # nothing to hold otherwise
+                held[parameter] = _Held(copies[key], dim)
+            sources[f"bases[{i}] parameter"] = parameter
+        check_no_overlaps(OP, sources, {})
+        return held
+
+    def _batches(self, number: int, parameters: list[Tensor]) -> list[_Batch]:
+        found: dict[Any, _Batch] = {}
+        for p in parameters:
+            state = self.state.get(p)
+            step = int(state["step"]) + 1 if state else 1
+            kind = (p.device, p.dtype, step)
+            if kind not in found:
+                chosen = select("projected_adam", Request(p.device.type, p.dtype), requested_backend(self.backend))
+                found[kind] = _Batch(number, step, chosen, [])
+            found[kind].parameters.append(p)
+        return list(found.values())
+
+    def _plain_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        if not parameters:
+            return
+        states = [self._state(p, torch.preserve_format) for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            has_complex=any(p.is_complex() for p in parameters),
+            amsgrad=False,
+            maximize=False,
+            **_options(group),  # type: ignore[arg-type]
+        )
+
+    def _projected_step(self, batch: _Batch, slot: Any) -> None:
+        states = [self._state(p, torch.contiguous_format) for p in batch.parameters]
+        for state in states:
+            for name in MOMENTS:  # those of a torch.optim.AdamW lie as its parameters do
+                state[name] = state[name].contiguous()
+        moments = [[state[name] for state in states] for name in MOMENTS]
+        tensors = [*batch.parameters, *moments[0], *moments[1]]
+        # Storage, not objects: `.data` can be replaced, and load_state_dict makes new moments.
+        place = (batch.backend.name, [t.data_ptr() for t in tensors], [p.stride() for p in batch.parameters])
+        if slot not in self._prepared or self._prepared[slot][0] != place:
+            self._prepared[slot] = place, self._prepare(batch, moments)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        o = _options(self.param_groups[batch.group])
+        beta1, beta2, t = o["beta1"], o["beta2"], batch.step
+        with without_autocast(batch.parameters[0].device.type):
+            self._prepared[slot][1](
+                [p.grad.contiguous() for p in batch.parameters],  # type: ignore[union-attr]
+                o["lr"], beta1, beta2, o["eps"], 1 - beta1**t, 1 - beta2**t, o["weight_decay"],
+            )  # fmt: skip
+        torch.autograd.graph.increment_version(batch.parameters)
+
+    def _prepare(self, batch: _Batch, moments: list[list[Tensor]]) -> Callable[..., None]:
+        held = [self._held[p] for p in batch.parameters]
+        bases = list({id(h.basis): h.basis for h in held}.values())
+        index = {id(basis): i for i, basis in enumerate(bases)}
+        device = batch.parameters[0].device  # a model may have been moved since
+        return batch.backend.prepare_projected_adam(
+            [p.detach() for p in batch.parameters],
+            moments[0],
+            moments[1],
+            [h.dim for h in held],
+            [basis.to(device) for basis in bases],
+            [index[id(h.basis)] for h in held],
+            self.strength,
+        )
+
+    def _state(self, parameter: Tensor, memory_format: torch.memory_format) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(parameter, memory_format=memory_format)
+        return state
+
+
+def _options(group: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a group by the names of torch's functional AdamW."""
+    beta1, beta2 = group["betas"]
+    numbers = {name: float(group[name]) for name in ("lr", "eps", "weight_decay")}
+    return {**numbers, "beta1": float(beta1), "beta2": float(beta2)}
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        check_not_negative(OP, name, group[name])
+    check_betas(OP, group["betas"])
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"{OP}: {name} is not offered; got a parameter group with {name}={group[name]!r}")
