@@ -128,3 +128,69 @@ def test_decode_names_what_is_wrong(backend, change, message):
     good = {"values": torch.randn(H, 6, K), "indices": torch.zeros(H, 6, K, dtype=torch.int64)}
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         rk.sparse_decode(**{**good, "W_dec": torch.randn(H, F, D), **change}, backend=backend)
+
+
+def step_of(tensors: list[Tensor], backend: str, **options) -> tuple[rk.SAEStepOutput, list[Tensor], rk.SAEAdam | None]:
+    """One `sae_step` on copies of x, W_enc, b_enc, W_dec, b_dec: its output, the parameters, the optimizer."""
+    x, *parameters = (t.detach().clone() for t in tensors)
+    parameters = [p.requires_grad_() for p in parameters]
+    optimizer = None
+    if (norm := options.pop("max_grad_norm", 0)) != 0:
+        optimizer = rk.SAEAdam(*parameters, lr=1e-2, max_grad_norm=norm)
+    for _ in range(2):
+        output = rk.sae_step(x, *parameters, K, optimizer=optimizer, backend=backend, **options)
+    return output, parameters, optimizer
+
+
+def assert_step_is_a_loop_of_steps(backend: str, tensors: list[Tensor], fused: bool) -> None:
+    options = {"max_grad_norm": None} if fused else {"grad_scale": 0.5}
+    output, parameters, optimizer = step_of(tensors, backend, **options)
+    assert rk.last_backend("sae_step") == backend
+    alone = [step_of([t[h] for t in tensors], backend, **options) for h in range(len(tensors[0]))]
+    for name, mine, theirs in zip(output._fields, output, zip(*(a[0] for a in alone), strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(theirs), msg=lambda text, name=name: f"{name}: {text}")
+    for i, parameter in enumerate(parameters):
+        others = [a[1][i] for a in alone]
+        torch.testing.assert_close(parameter, torch.stack([p.detach() for p in others]).requires_grad_())
+        if optimizer is None:
+            torch.testing.assert_close(parameter.grad, torch.stack([p.grad for p in others]))
+        else:
+            moments = [a[2].moments(p)[1] for a, p in zip(alone, others, strict=True)]
+            torch.testing.assert_close(optimizer.moments(parameter)[1], torch.stack(moments))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_is_a_loop_of_steps(backend, fused, dtype):
+    assert_step_is_a_loop_of_steps(backend, leaves((2, 7), dtype), fused)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping_takes_the_norm_over_all_heads(backend):
+    tensors = leaves((7,), torch.float64)
+    _, parameters, _ = step_of(tensors, backend, max_grad_norm=0.05)
+    plain = [t.clone().requires_grad_() for t in tensors[1:]]
+    adam = torch.optim.Adam(plain, lr=1e-2)
+    for _ in range(2):
+        values, indices = rk.topk_encode(tensors[0], plain[0], plain[1], K, plain[3], backend="reference")
+        error = rk.sparse_decode(values, indices, plain[2], plain[3], backend="reference") - tensors[0]
+        (error.square().sum() / 7).backward()
+        w = plain[2].detach()
+        plain[2].grad -= (plain[2].grad * w).sum(-1, keepdim=True) / w.square().sum(-1, keepdim=True) * w
+        torch.nn.utils.clip_grad_norm_(plain, 0.05)
+        adam.step()
+        adam.zero_grad()
+        plain[2].data /= plain[2].data.norm(dim=-1, keepdim=True)
+    for mine, theirs in zip(parameters, plain, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_step_names_what_is_wrong():
+    x, W_enc, b_enc, W_dec, b_dec = (t.requires_grad_() for t in leaves((6,)))
+    with pytest.raises(ValueError, match=r"x must have shape \[H, \.\.\., d\] with H = W_enc.shape\[0\] = 3"):
+        rk.sae_step(x[0], W_enc, b_enc, W_dec, b_dec, K)
+    with pytest.raises(ValueError, match="dead must be None where W_enc has a head axis"):
+        rk.sae_step(x, W_enc, b_enc, W_dec, b_dec, K, dead=torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"W_dec must have shape \[H, F, d\]"):
+        rk.sae_step(x, W_enc, b_enc, W_dec[:, :4].detach().requires_grad_(), b_dec, K)
