@@ -119,42 +119,64 @@ def _share_an_element(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool(of_a.as_strided(b.shape, b.stride(), b_start - start).any())
 
 
-def check_encoder(op: str, x: Any, W_enc: Any, b_enc: Any, b_dec: Any, *, x_name: str = "x") -> tuple[int, int]:
-    """Checks x [..., d], W_enc [F, d], b_enc [F] and b_dec [d] or None; returns (F, d)."""
+def check_weights(op: str, name: str, weights: torch.Tensor, heads: bool) -> tuple[int, ...]:
+    """`weights` is [F, d], or where `heads` are allowed [H, F, d]; returns () or (H,). The head axis is there if and
+    only if the weights have three dimensions, so no other shape is needed to tell."""
+    if weights.dim() not in ((2, 3) if heads else (2,)) or 0 in weights.shape:
+        axis = ", or [H, F, d] for one autoencoder per head" if heads else ""
+        raise ValueError(f"{op}: {name} must be a non-empty matrix [F, d]{axis}; got {describe(weights)}")
+    return tuple(weights.shape[:-2])
+
+
+def check_head_axis(op: str, name: str, value: torch.Tensor, meaning: str, lead: tuple[int, ...], weights: str) -> None:
+    """`value` begins with the heads that `weights` has, if it has any, and has one dimension more."""
+    if lead and (value.dim() < 2 or value.shape[0] != lead[0]):
+        raise ValueError(
+            f"{op}: {name} must have shape {meaning} with H = {weights}.shape[0] = {lead[0]}, "
+            f"because {weights} has a head axis; got {tuple(value.shape)}"
+        )
+
+
+def check_encoder(
+    op: str, x: Any, W_enc: Any, b_enc: Any, b_dec: Any, *, x_name: str = "x", heads: bool = False
+) -> tuple[int, int]:
+    """Checks x [..., d], W_enc [F, d], b_enc [F] and b_dec [d] or None, or where `heads` are allowed x [H, ..., d],
+    W_enc [H, F, d], b_enc [H, F], b_dec [H, d]; returns (F, d)."""
     check_tensor(op, x_name, x, FLOAT_DTYPES, min_dim=1)
     check_tensor(op, "W_enc", W_enc, FLOAT_DTYPES)
     check_tensor(op, "b_enc", b_enc, FLOAT_DTYPES)
-    if W_enc.dim() != 2 or 0 in W_enc.shape:
-        raise ValueError(f"{op}: W_enc must be a non-empty matrix [F, d]; got {describe(W_enc)}")
-    n_latents, d = W_enc.shape
+    lead = check_weights(op, "W_enc", W_enc, heads)
+    n_latents, d = W_enc.shape[-2:]
+    check_head_axis(op, x_name, x, "[H, ..., d]", lead, "W_enc")
     if x.shape[-1] != d:
         raise ValueError(
-            f"{op}: the last dimension of {x_name} must be d = W_enc.shape[1] = {d}; "
+            f"{op}: the last dimension of {x_name} must be d = W_enc.shape[{len(lead) + 1}] = {d}; "
             f"got {x_name} of shape {tuple(x.shape)}"
         )
-    check_shape(op, "b_enc", b_enc, (n_latents,), "[F]")
+    check_shape(op, "b_enc", b_enc, (*lead, n_latents), "[H, F]" if lead else "[F]")
     if b_dec is not None:
         check_tensor(op, "b_dec", b_dec, FLOAT_DTYPES)
-        check_shape(op, "b_dec", b_dec, (d,), "[d]")
+        check_shape(op, "b_dec", b_dec, (*lead, d), "[H, d]" if lead else "[d]")
     check_same_device(op, **{x_name: x, "W_enc": W_enc, "b_enc": b_enc, "b_dec": b_dec})
     return n_latents, d
 
 
 def check_decoder(op: str, values: Any, indices: Any, W_dec: Any, b_dec: Any) -> tuple[int, int]:
-    """Checks values [..., k], indices [..., k], W_dec [F, d] and b_dec [d] or None; returns (F, d)."""
+    """Checks values [..., k], indices [..., k], W_dec [F, d] and b_dec [d] or None, or with heads values and indices
+    [H, ..., k], W_dec [H, F, d], b_dec [H, d]; returns (F, d)."""
     check_tensor(op, "values", values, FLOAT_DTYPES, min_dim=1)
     check_tensor(op, "indices", indices, INDEX_DTYPES, min_dim=1)
     check_tensor(op, "W_dec", W_dec, FLOAT_DTYPES)
-    if W_dec.dim() != 2 or 0 in W_dec.shape:
-        raise ValueError(f"{op}: W_dec must be a non-empty matrix [F, d]; got {describe(W_dec)}")
+    lead = check_weights(op, "W_dec", W_dec, heads=True)
+    check_head_axis(op, "values", values, "[H, ..., k]", lead, "W_dec")
     if tuple(indices.shape) != tuple(values.shape):
         raise ValueError(
             f"{op}: indices must have the shape of values = {tuple(values.shape)}; got {tuple(indices.shape)}"
         )
-    n_latents, d = W_dec.shape
+    n_latents, d = W_dec.shape[-2:]
     if b_dec is not None:
         check_tensor(op, "b_dec", b_dec, FLOAT_DTYPES)
-        check_shape(op, "b_dec", b_dec, (d,), "[d]")
+        check_shape(op, "b_dec", b_dec, (*lead, d), "[H, d]" if lead else "[d]")
     check_same_device(op, values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
     return n_latents, d
 
@@ -200,16 +222,16 @@ def check_threshold(op: str, threshold: Any, n_latents: int, x: torch.Tensor) ->
     return torch.full((n_latents,), number, dtype=dtype, device=x.device)
 
 
-def check_index_range(
-    op: str, indices: torch.Tensor, n_latents: int, name: str = "indices", meaning: str = "F = W_dec.shape[0]"
-) -> None:
+def check_index_range(op: str, indices: torch.Tensor, W_dec: torch.Tensor, name: str = "indices") -> None:
     """Every index is in [0, F). Reads the values, so it runs on the CPU only: a GPU would have to be waited for."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
+    n_latents = W_dec.shape[-2]
     low, high = (int(v) for v in torch.aminmax(indices))
     if low < 0 or high >= n_latents:
         raise ValueError(
-            f"{op}: {name} must lie in [0, F) with {meaning} = {n_latents}; got values from {low} to {high}"
+            f"{op}: {name} must lie in [0, F) with F = W_dec.shape[{W_dec.dim() - 2}] = {n_latents}; "
+            f"got values from {low} to {high}"
         )
 
 

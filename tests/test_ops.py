@@ -392,7 +392,7 @@ def test_encode_names_what_is_wrong(change, message):
         ),
         ({"indices": torch.zeros(3, 2)}, "indices must have one of the dtypes int64, int32"),
         ({"values": torch.ones(3, 2, dtype=torch.int32)}, "values must have one of the dtypes float32"),
-        ({"W_dec": torch.randn(9, 4, 1)}, r"W_dec must be a non-empty matrix \[F, d\]"),
+        ({"W_dec": torch.randn(9, 4, 1, 1)}, r"W_dec must be a non-empty matrix \[F, d\]"),
         ({"b_dec": torch.randn(5)}, r"b_dec must have shape \[d\] = \(4,\); got \(5,\)"),
         ({"W_dec": torch.randn(9, 4, device="meta")}, "one device; values is on cpu, W_dec is on meta"),
     ],

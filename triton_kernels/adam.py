@@ -152,7 +152,7 @@ def adam_rows(
     remove_parallel: bool,
     unit_norm: bool,
 ) -> None:
-    """One step on the rows of W [F, d], in place; g, m, v have W's shape; arithmetic in fp32.
+    """One step on the rows of W [F, d] or [H, F, d], in place; g, m, v have W's shape; arithmetic in fp32.
 
     `grad_scale` is a float, a 0-dim tensor on the device (no synchronisation) or None for 1.
 
@@ -169,7 +169,8 @@ def adam_rows(
             grid = (triton.cdiv(n, _FLAT.constexprs["BLOCK"]),)
             _flat_kernel[grid](W, g, m, v, scale, n, *numbers, **_FLAT.options())
             return
-        rows, d = W.shape
+        d = W.shape[-1]
+        rows = W.numel() // d
         block = next((b for b in _ROW_BLOCKS if b[0] >= d), None)
         kernel = _wide_row_kernel if block is None else _row_kernel
         tiles = _row_tiles(block or _WIDE_BLOCK, remove_parallel, unit_norm)

@@ -10,6 +10,10 @@ atomics. latents.py does dv and the rows of both matrices in one pass, for rows 
 rows, and gradients whose coefficients are already known, go through `_dvalues_kernel` (token-major) and rows.py, which
 cut d.
 
+Heads: all tensors may have a head axis in front; tokens and latents are then numbered through all heads, h N + n and
+h F + f (csc.py), in the same launches. Sums have the bits of a loop over heads, except those of hot latents, whose
+segments are as long as the entries of all heads together make them.
+
 Bytes and roofline: latents.py for sae_backward and for sparse_decode_backward with both gradients (there N k d
 gathered, half of sae_backward's), rows.py for dW alone; dv alone gathers N k d of W_dec, 2 N k d flop, 17.2 GB and 3.3
 to 4 ms at the shape that they name.
@@ -63,10 +67,14 @@ def segment_length(entries: int, d: int) -> int:
 
 
 def _launch_dvalues(g: Tensor, indices: Tensor, W: Tensor, scale: float | Tensor, dvalues: Tensor) -> None:
-    n, k = indices.shape
+    *lead, k = indices.shape
+    n = torch.Size(lead).numel()
+    if W.dim() == 3:
+        first = torch.arange(W.shape[0], device=W.device) * W.shape[1]
+        indices = indices + first[:, None, None]
     if n:
         _dvalues_kernel[(n, triton.cdiv(k, _DVALUES.constexprs["UNROLL"]))](
-            g, indices, W, device_scalar(scale, g.device), dvalues, k, W.shape[1], **_DVALUES.options()
+            g, indices, W, device_scalar(scale, g.device), dvalues, k, W.shape[-1], **_DVALUES.options()
         )
 
 
@@ -87,7 +95,7 @@ def sparse_decode_backward(
     Equivalent to: dvalues = (grad[:, None] * W_dec[indices]).sum(-1);
     dW_dec = zeros_like(W_dec).index_add(0, indices.flatten(), (values[..., None] * grad[:, None]).flatten(0, 1)).
     """
-    n_latents, d = W_dec.shape
+    n_latents, d = W_dec.shape[-2:]
     dvalues = torch.empty_like(values) if need_values else None
     dW_dec = torch.empty_like(W_dec) if need_W else None
     with on_device(grad):
@@ -122,11 +130,11 @@ def topk_encode_backward(
     With dpre = where(values != 0, grad_values, 0): dx_n = sum_j dpre_nj W_enc[indices_nj], a decode with other weights;
     dW_enc[f] = sum of dpre (x_n - b_dec) and db_enc[f] = sum of dpre over the entries of latent f.
     """
-    n_latents, d = W_enc.shape
+    n_latents, d = W_enc.shape[-2:]
     dpre = torch.where(values != 0, grad_values, 0)
     dx = sparse_decode(dpre, indices, W_enc, None) if need_x else None
     dW_enc = torch.empty_like(W_enc) if need_W else None
-    db_enc = torch.empty(n_latents, dtype=torch.float32, device=x.device)
+    db_enc = torch.empty(W_enc.shape[:-1], dtype=torch.float32, device=x.device)
     with on_device(x):
         csc = csc_from_indices(indices, n_latents, segment or segment_length(indices.numel(), d))
         launch_rows(x if need_W else None, dpre, csc, b_dec, 1.0, dW_enc, db_enc, accumulate=False)
@@ -154,7 +162,7 @@ def sae_backward(
     e = x_hat - x and x are [N, d]; values, indices [N, k]; `scale` a float or a 0-dim tensor on the device.
     `accumulate=False` overwrites the buffers, rows of unused latents with zeros, and saves reading them.
     """
-    n_latents, d = W_dec.shape
+    n_latents, d = W_dec.shape[-2:]
     if values.numel() == 0:
         if not accumulate:
             for buffer in (dW_enc, db_enc, dW_dec):
@@ -216,7 +224,7 @@ def _csc_signature(order: str) -> dict[str, str]:
     return {
         **pointers(order, "order"),
         **pointers("i64", "offsets", "ends", "segment_latent"),
-        **integers("k", "d", "n_latents", "segments", "segment"),
+        **integers("k", "d", "n_latents", "segments", "segment", "head_latents"),
     }
 
 

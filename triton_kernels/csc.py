@@ -41,9 +41,17 @@ def tokens_of(offsets: Tensor, entries: int) -> Tensor:
 
 
 def csc_from_indices(indices: Tensor, n_latents: int, segment: int) -> CSC:
-    """CSC of indices [N, k] or [nnz] (int32 or int64, each in [0, F)), with hot latents cut every `segment` entries."""
+    """CSC of indices [N, k] or [nnz] (int32 or int64, each in [0, F)), with hot latents cut every `segment` entries.
+
+    Of indices [H, N, k] the CSC of all heads together: entry (h N + n) k + j of latent h F + indices[h, n, j].
+    """
     # 32-bit keys halve the radix passes of 64-bit ones.
-    latents, order = torch.sort(indices.reshape(-1).to(torch.int32), stable=True)
+    latents = indices.to(torch.int32)
+    if indices.dim() == 3:
+        heads = indices.shape[0]
+        latents = latents + (torch.arange(heads, dtype=torch.int32, device=indices.device) * n_latents)[:, None, None]
+        n_latents *= heads
+    latents, order = torch.sort(latents.reshape(-1), stable=True)
     if order.numel() < 2**31:
         order = order.to(torch.int32)
     boundaries = torch.arange(n_latents + 1, dtype=torch.int32, device=indices.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .csc import CSC
 from .launch import Tiles, device_scalar
-from .rows import combine, emit, work_of
+from .rows import bias_of, combine, emit, head_latents, work_of
 
 
 @triton.jit
@@ -68,11 +68,11 @@ def add_entries(
     return dw_dec, dw_enc, db
 
 
-@triton.jit(do_not_specialize=["segments", "segment", "n_latents"])
+@triton.jit(do_not_specialize=["segments", "segment", "n_latents", "head_latents"])
 def latent_kernel(
     e_ptr, x_ptr, values_ptr, order_ptr, offsets_ptr, ends_ptr, segment_latent_ptr, w_ptr, b_dec_ptr, scale_ptr,
     dvalues_ptr, dw_dec_ptr, dw_enc_ptr, db_ptr, part_dec_ptr, part_enc_ptr, part_db_ptr,
-    k, d, n_latents, segments, segment,
+    k, d, n_latents, segments, segment, head_latents,
     ENCODER: tl.constexpr, DVALUES: tl.constexpr, HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -85,6 +85,8 @@ def latent_kernel(
     if active:
         column = tl.arange(0, BLOCK_D)
         live = column < d
+        if HAS_BIAS:
+            b_dec_ptr = bias_of(b_dec_ptr, latent, head_latents, d)
         w = rounded_to(tl.load(w_ptr + latent * d + column, mask=live, other=0.0).to(tl.float32), e_ptr)
         dw_dec, dw_enc, db = add_entries(
             begin, end, w, column, live, tl.load(scale_ptr), e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr,
@@ -135,7 +137,8 @@ def launch_latents(
     hot_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches `latent_kernel` into (dW_dec, dW_enc, db_enc); returns the parts of the hot latents' rows."""
-    n_latents, d = W_dec.shape
+    d = W_dec.shape[-1]
+    n_latents = W_dec.numel() // d
     segments = csc.segment_latent.numel()
     encoder = x is not None
     part_dec = torch.empty(segments, d, dtype=torch.float32, device=e.device)
@@ -153,7 +156,7 @@ def launch_latents(
         latent_kernel[(programs,)](
             e, x, values, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, W_dec, b_dec,
             device_scalar(scale, e.device), dvalues, *gradients, part_dec, part_enc, part_db,
-            values.shape[1], d, n_latents, segments, csc.segment, **tiles.options(),
+            values.shape[-1], d, n_latents, segments, csc.segment, head_latents(n_latents, b_dec), **tiles.options(),
         )  # fmt: skip
     return part_dec, part_enc, part_db
 
@@ -184,4 +187,4 @@ def launch_gradients(
     parts = launch_latents(e, x, values, csc, W_dec, b_dec, scale, dvalues, gradients, accumulate)
     for part, gradient in zip(parts, gradients, strict=True):
         if gradient is not None:
-            combine(part, gradient.view(gradient.shape[0], -1), csc, accumulate)
+            combine(part, gradient.view(-1, part.shape[1]), csc, accumulate)

@@ -58,10 +58,16 @@ def emit(out_row, part_row, column, live, row, hot, ACCUMULATE: tl.constexpr):
         tl.store(out_row + column, row.to(out_row.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["segments", "segment", "n_latents"])
+@triton.jit
+def bias_of(b_dec_ptr, latent, head_latents, d):
+    """The b_dec of a latent's head, from b_dec [H, d]; without heads `head_latents` is all of them and H is 1."""
+    return b_dec_ptr + (latent.to(tl.int32) // head_latents) * d
+
+
+@triton.jit(do_not_specialize=["segments", "segment", "n_latents", "head_latents"])
 def rows_kernel(
     rows_ptr, coefficients_ptr, order_ptr, offsets_ptr, ends_ptr, segment_latent_ptr, tokens_ptr, b_dec_ptr, scale_ptr,
-    out_ptr, db_ptr, part_ptr, part_db_ptr, k, d, n_latents, segments, segment,
+    out_ptr, db_ptr, part_ptr, part_db_ptr, k, d, n_latents, segments, segment, head_latents,
     CSR: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, SUM: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +82,8 @@ def rows_kernel(
         live = column < d
         lane = tl.arange(0, UNROLL)
         scale = tl.load(scale_ptr)
+        if HAS_BIAS:
+            b_dec_ptr = bias_of(b_dec_ptr, latent, head_latents, d)
         total = tl.zeros([BLOCK_D], dtype=tl.float32)
         db = 0.0
         for position in range(begin, end, UNROLL):
@@ -157,6 +165,11 @@ def combine(part: Tensor, out: Tensor, csc: CSC, accumulate: bool) -> None:
         )  # fmt: skip
 
 
+def head_latents(n_latents: int, b_dec: Tensor | None) -> int:
+    """How many of the `n_latents` latents share a row of b_dec [d] or [H, d]."""
+    return n_latents if b_dec is None or b_dec.dim() == 1 else n_latents // b_dec.shape[0]
+
+
 def launch_rows(
     rows: Tensor | None,
     coefficients: Tensor,
@@ -170,7 +183,7 @@ def launch_rows(
 ) -> None:
     """`coefficients` [N, k], or [nnz] with `tokens` [nnz] int32, the row of each entry."""
     n_latents = csc.offsets.numel() - 1
-    d = 1 if out is None else out.shape[1]
+    d = 1 if out is None else out.shape[-1]
     segments = csc.segment_latent.numel()
     part = torch.empty(segments if out is not None else 0, d, dtype=torch.float32, device=coefficients.device)
     part_db = torch.empty(segments, 1, dtype=torch.float32, device=coefficients.device)
@@ -185,9 +198,10 @@ def launch_rows(
     rows_kernel[(segments + n_latents, triton.cdiv(d, tiles.constexprs["BLOCK_D"]))](
         rows, coefficients, csc.order, csc.offsets, csc.segment_ends, csc.segment_latent, tokens, b_dec,
         device_scalar(scale, coefficients.device), out, db, part, part_db,
-        coefficients.shape[1] if tokens is None else 0, d, n_latents, segments, csc.segment, **tiles.options(),
+        coefficients.shape[-1] if tokens is None else 0, d, n_latents, segments, csc.segment,
+        head_latents(n_latents, b_dec), **tiles.options(),
     )  # fmt: skip
     if out is not None:
-        combine(part, out, csc, accumulate)
+        combine(part, out.view(n_latents, d), csc, accumulate)
     if db is not None:
         combine(part_db, db.view(n_latents, 1), csc, accumulate)

@@ -13,6 +13,9 @@ returned sum, so that this is a sum of P rows in a fixed order. Latents without 
 all others (dense Adam). The segments of hot latents are added up before, by latents.py's kernel. Deterministic, no
 atomics, no synchronisation.
 
+Heads: all tensors may have a head axis in front. It is the second axis of the grid, so that every head has its P
+programs and its own returned sum; entries and latents are numbered through all heads as in backward.py.
+
 Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d
 48. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16 activations, H200): 7 ms of gathers + 6.5 ms of Adam.
 Measured: 25 ms (step less encode and decode); one program of 16 warps fills a multiprocessor, so that its reductions
@@ -46,12 +49,15 @@ def _step_kernel(
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    head = tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     live = column < d
+    if HAS_BIAS:
+        b_dec_ptr += head * d
     scale = tl.load(scale_ptr)
     through = tl.zeros([BLOCK_D], dtype=tl.float32)
     for turn in range(tl.cdiv(n_latents - pid, programs)):
-        latent = (pid + turn * programs).to(tl.int64)
+        latent = (head * n_latents + pid + turn * programs).to(tl.int64)
         at = latent * d + column
         begin = tl.load(offsets_ptr + latent)
         end = tl.load(offsets_ptr + latent + 1)
@@ -106,7 +112,7 @@ def _step_kernel(
         tl.store(b_enc_ptr + latent, b)
         tl.store(m_b_ptr + latent, m_b)
         tl.store(v_b_ptr + latent, v_b)
-    tl.store(through_ptr + pid.to(tl.int64) * d + column, through, mask=live)
+    tl.store(through_ptr + (head * programs + pid).to(tl.int64) * d + column, through, mask=live)
 
 
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
@@ -153,16 +159,18 @@ def sae_backward_adam(
     segment: int | None = None,
 ) -> Tensor:
     """One Adam step of W_enc, W_dec [F, d], b_enc [F] in place; returns db_enc @ W_enc [d] fp32, W_enc before the step.
+    All with a head axis in front: [H, d].
 
     e = x_hat - x, x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. W_enc, W_dec in x's
     dtype or fp32 beside 16-bit activations: the gradients are then those at the weights rounded as the forward pass saw
     them, and the step moves the fp32 weights. `extra_rows` [D] int64 are distinct latents to which extra_dW_enc
-    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none.
+    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none. With heads their numbers are h F + f.
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
     """
-    n_latents, d = W_dec.shape
+    n_latents, d = W_dec.shape[-2:]
+    n_heads = W_dec.numel() // (n_latents * d)
     numbers = (lr, beta1, beta2, eps, bias_correction1, bias_correction2)
     extras = (extra_dW_enc, extra_db_enc, extra_dW_dec)
     if d > _BLOCKS[-1][0]:
@@ -172,8 +180,9 @@ def sae_backward_adam(
         if extra_rows is not None:
             for gradient, extra in zip(gradients, extras, strict=True):
                 if extra is not None:
-                    gradient.index_add_(0, extra_rows, extra.to(torch.float32))
-        wide_through = gradients[1] @ We.to(torch.float32)
+                    gradient.flatten(0, W_dec.dim() - 2).index_add_(0, extra_rows, extra.to(torch.float32))
+        db_enc, We = gradients[1], We.to(torch.float32)
+        wide_through = db_enc @ We if We.dim() == 2 else torch.bmm(db_enc[:, None], We)[:, 0]
         adam_rows(W_enc, gradients[0], m_W_enc, v_W_enc, *numbers, None, False, False)
         adam_rows(b_enc, gradients[1], m_b_enc, v_b_enc, *numbers, None, False, False)
         adam_rows(W_dec, gradients[2], m_W_dec, v_W_dec, *numbers, None, remove_parallel, unit_norm)
@@ -181,12 +190,12 @@ def sae_backward_adam(
     with on_device(e):
         position = None
         if extra_rows is not None:
-            position = torch.full((n_latents,), -1, dtype=torch.int64, device=e.device)
+            position = torch.full((n_heads * n_latents,), -1, dtype=torch.int64, device=e.device)
             position[extra_rows] = torch.arange(extra_rows.numel(), device=e.device)
         csc = csc_from_indices(indices, n_latents, segment or segment_length(max(indices.numel(), 1), d))
         part_dec, part_enc, part_db = hot_parts(e, x, values, csc, W_dec, b_dec, scale)
         programs = min(_PROGRAMS, n_latents)
-        through = torch.empty(programs, d, dtype=torch.float32, device=e.device)
+        through = torch.empty(*W_dec.shape[:-2], programs, d, dtype=torch.float32, device=e.device)
         tiles = block_tiles(
             _block(d, W_enc.element_size() - e.element_size() == 2 and extra_rows is None),
             HAS_BIAS=b_dec is not None,
@@ -194,14 +203,14 @@ def sae_backward_adam(
             PARALLEL=remove_parallel,
             UNIT=unit_norm,
         )
-        _step_kernel[(programs,)](
+        _step_kernel[(programs, n_heads)](
             e, x, values, csc.order, csc.offsets, csc.segment_ends, device_scalar(scale, e.device), b_dec,
             W_enc, m_W_enc, v_W_enc, b_enc, m_b_enc, v_b_enc, W_dec, m_W_dec, v_W_dec,
             part_dec, part_enc, part_db, position, *extras, through,
-            values.shape[1], d, n_latents, programs, csc.segment,
+            values.shape[-1], d, n_latents, programs, csc.segment,
             lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5, **tiles.options(),
         )  # fmt: skip
-        return through.sum(0)
+        return through.sum(-2)
 
 
 def configurations() -> Iterator[Configuration]:

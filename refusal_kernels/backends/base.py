@@ -33,11 +33,12 @@ class Request:
 class Backend:
     """Base of all back-ends. The primitives are methods with the signatures of `refusal_kernels.reference`; they take
     contiguous 2-D tensors on one device (the projection's any shape and strides), checked by the caller, and know
-    nothing of autograd."""
+    nothing of autograd. Those in `takes_heads` take a head axis in front of every tensor too (heads.py)."""
 
     name: str = ""
     device_types: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    takes_heads: frozenset[str] = frozenset()
     # Whether sae_backward_adam takes 16-bit activations beside fp32 weights, as a step under autocast has them.
     fuses_mixed_precision: bool = False
 

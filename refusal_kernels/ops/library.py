@@ -7,6 +7,7 @@ Autograd lives outside, in the public functions: these raw operators give no gra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from ..backends import Backend, select
 from ..backends.base import Request
+from ..backends.heads import run
 
 LIBRARY = torch.library.Library("refusal_kernels", "DEF")
 
@@ -34,6 +36,13 @@ def pick(
     """The back-end for an operator whose row tensors look like `rows` [N, d]; `backend` as from `requested_backend`."""
     request = Request(rows.device.type, rows.dtype, n_latents=n_latents, d=rows.shape[-1], k=k)
     return select(op, request, backend, record_as)
+
+
+def primitive_of(chosen: Backend, name: str, weights: torch.Tensor) -> Callable[..., Any]:
+    """The back-end's primitive for weights [F, d], or [H, F, d] with a head axis on every tensor that it is given."""
+    if weights.dim() == 2:
+        return getattr(chosen, name)  # type: ignore[no-any-return]
+    return functools.partial(run, chosen, name, weights.shape[0])
 
 
 def only_the_value_is_wanted() -> bool:

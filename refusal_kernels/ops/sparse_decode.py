@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import cpu_kernel, requested_backend
 from ..checks import check_decoder, check_index_range, compute_dtype, matmul_dtype
-from .library import apply, define, only_the_value_is_wanted, pick, without_autocast
+from .library import apply, define, only_the_value_is_wanted, pick, primitive_of, without_autocast
 
 
 def sparse_decode(
@@ -27,17 +27,24 @@ def sparse_decode(
 
         x_hat = (values[..., None] * W_dec[indices]).sum(-2) + b_dec          # accumulated in fp32 (fp64 for fp64)
 
+    With a head axis, which is there if and only if W_dec has three dimensions, H decoders in one call, equivalent to::
+
+        x_hat = torch.stack([sparse_decode(values[h], indices[h], W_dec[h], b_dec[h]) for h in range(H)])
+
     Args:
-        values: [..., k], any sign, fp32, bf16, fp16 (fp64 on the reference and CPU back-ends); may be empty.
-        indices: [..., k] int64 or int32 in [0, F); duplicates add up. Checked on the CPU; on a GPU, where a check
-            would stop the stream, an index outside [0, F) is undefined behaviour.
-        W_dec: [F, d], one row per latent. Mixed dtypes of values and W_dec are promoted; under autocast both take the
-            autocast dtype.
-        b_dec: [d] or None.
+        values: [..., k], any sign, fp32, bf16, fp16 (fp64 on the reference and CPU back-ends); may be empty;
+            [H, ..., k] with a head axis.
+        indices: shape of values, int64 or int32 in [0, F), with a head axis within the head; duplicates add up.
+            Checked on the CPU; on a GPU, where a check would stop the stream, an index outside [0, F) is undefined
+            behaviour.
+        W_dec: [F, d], one row per latent, or [H, F, d]. Mixed dtypes of values and W_dec are promoted; under autocast
+            both take the autocast dtype.
+        b_dec: [d], or [H, d], or None.
         backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
 
     Returns:
-        x_hat [..., d] in the (promoted) dtype of values and W_dec. Differentiable in values, W_dec and b_dec.
+        x_hat [..., d], with a head axis [H, ..., d], in the (promoted) dtype of values and W_dec. Differentiable in
+        values, W_dec and b_dec.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; the message names it.
@@ -52,11 +59,13 @@ def sparse_decode(
     dtype = matmul_dtype(values.device.type, values.dtype, W_dec.dtype)
     backend = requested_backend(backend)  # settled here for the backward pass too
     shape = values.shape[:-1]
-    if values.dim() != 2:
-        rows = shape.numel(), values.shape[-1]  # reshape(-1, 0) could not tell the number of rows
+    if values.dim() != W_dec.dim():
+        heads = W_dec.shape[:-2]
+        # reshape(-1, 0) could not tell the number of rows
+        rows = *heads, shape[len(heads) :].numel(), values.shape[-1]
         values, indices = values.reshape(rows), indices.reshape(rows)
     x_hat = apply("sparse_decode", _SparseDecode, values.to(dtype), indices, W_dec.to(dtype), b_dec, backend)
-    return x_hat if len(shape) == 1 else x_hat.reshape(*shape, d)
+    return x_hat if len(shape) == W_dec.dim() - 1 else x_hat.reshape(*shape, d)
 
 
 def _at_once(
@@ -102,31 +111,32 @@ class _SparseDecode(torch.autograd.Function):
         dvalues = dW_dec = None
         if need_values or need_W:
             dvalues, dW_dec = _sparse_decode_backward(grad, values, indices, W_dec, need_values, need_W, ctx.backend)
-        db_dec = grad.sum(0, dtype=compute_dtype(grad.dtype)).to(ctx.b_dec_dtype) if need_b_dec else None
+        db_dec = grad.sum(-2, dtype=compute_dtype(grad.dtype)).to(ctx.b_dec_dtype) if need_b_dec else None
         return dvalues if need_values else None, None, dW_dec if need_W else None, db_dec, None
 
 
 def _forward(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None) -> Tensor:
-    chosen = pick("sparse_decode", W_dec, values.shape[1], W_dec.shape[0], backend)
+    chosen = pick("sparse_decode", W_dec, values.shape[-1], W_dec.shape[-2], backend)
     b_dec = None if b_dec is None else b_dec.to(compute_dtype(W_dec.dtype)).contiguous()
     if chosen.name != "cpu":
-        check_index_range("sparse_decode", indices, W_dec.shape[0])
+        check_index_range("sparse_decode", indices, W_dec)
     try:
         with without_autocast(W_dec.device.type):
-            return chosen.sparse_decode(values.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec)  # type: ignore[attr-defined]
+            decode = primitive_of(chosen, "sparse_decode", W_dec)
+            return decode(values.contiguous(), indices.contiguous(), W_dec.contiguous(), b_dec)
     except RuntimeError:
         # The C++ kernels look at the range themselves, and a second look would cost a tenth of a call at d = 128; only
         # their refusal is put in this operator's words.
-        check_index_range("sparse_decode", indices, W_dec.shape[0])
+        check_index_range("sparse_decode", indices, W_dec)
         raise
 
 
 def _backward(
     grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    chosen = pick("sparse_decode", W_dec, values.shape[1], W_dec.shape[0], backend, "sparse_decode_backward")
+    chosen = pick("sparse_decode", W_dec, values.shape[-1], W_dec.shape[-2], backend, "sparse_decode_backward")
     with without_autocast(W_dec.device.type):
-        dvalues, dW_dec = chosen.sparse_decode_backward(  # type: ignore[attr-defined]
+        dvalues, dW_dec = primitive_of(chosen, "sparse_decode_backward", W_dec)(
             grad.to(W_dec.dtype).contiguous(),
             values.contiguous(),
             indices.contiguous(),
@@ -134,11 +144,11 @@ def _backward(
             need_values,
             need_W,
         )
-    return values.new_empty(0) if dvalues is None else dvalues, W_dec.new_empty(0) if dW_dec is None else dW_dec
+    return dvalues if need_values else values.new_empty(0), dW_dec if need_W else W_dec.new_empty(0)
 
 
 def _forward_fake(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, backend: str | None) -> Tensor:
-    return W_dec.new_empty((values.shape[0], W_dec.shape[1]))
+    return W_dec.new_empty((*values.shape[:-1], W_dec.shape[-1]))
 
 
 def _backward_fake(

@@ -113,7 +113,7 @@ def _forward(
 
 def _check_code(values: Tensor, latents: Tensor, offsets: Tensor, W_dec: Tensor) -> None:
     check_offsets("sparse_decode_csr", offsets, values.shape[0])
-    check_index_range("sparse_decode_csr", latents, W_dec.shape[0], "latents")
+    check_index_range("sparse_decode_csr", latents, W_dec, "latents")
 
 
 def _backward(

@@ -35,10 +35,10 @@ class SAEAdam(torch.optim.Optimizer):
 
     Equivalent to, per step::
 
-        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) / W_dec.square().sum(1, keepdim=True) * W_dec
+        W_dec.grad -= (W_dec.grad * W_dec).sum(-1, keepdim=True) / W_dec.square().sum(-1, keepdim=True) * W_dec
         torch.nn.utils.clip_grad_norm_([W_enc, b_enc, W_dec, b_dec], max_grad_norm)
         torch.optim.Adam([W_enc, b_enc, W_dec, b_dec], lr, betas, eps).step()
-        W_dec.data /= W_dec.data.norm(dim=1, keepdim=True)
+        W_dec.data /= W_dec.data.norm(dim=-1, keepdim=True)
 
     Parallel removal, Adam and normalisation read and write each row once. `step()` takes the gradients from `.grad`;
     `sae_step(..., optimizer=this)` applies them without ever writing them out where the back-end can. A parameter
@@ -48,9 +48,10 @@ class SAEAdam(torch.optim.Optimizer):
     moments, and the other options are those of the optimizer that loads it.
 
     Args:
-        W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; all of one dtype (fp32, or fp64 on the reference and
-            CPU; 16 bits work, with moments of 16 bits too: keep fp32 master weights and autocast instead), no two in
-            the same memory (tied weights). They are the only group: `add_param_group` raises.
+        W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; or with a head axis [H, F, d], [H, F], [H, d]; all
+            of one dtype (fp32, or fp64 on the reference and CPU; 16 bits work, with moments of 16 bits too: keep fp32
+            master weights and autocast instead), no two in the same memory (tied weights). They are the only group:
+            `add_param_group` raises.
         lr, betas, eps: as in torch.optim.Adam.
         unit_norm_decoder: divide every decoder row by its norm after the update (rows of norm 0 stay 0).
         remove_parallel_grad: take the part of a decoder row's gradient that lies along the row out of it.
@@ -187,7 +188,7 @@ class SAEAdam(torch.optim.Optimizer):
             if gradient is None:
                 continue
             step = self.advance(parameter)
-            if parameter.dim() == 1:
+            if name.startswith("b_"):
                 self.update_vector(parameter, gradient, step, factor)
             else:
                 constraints = (self.remove_parallel_grad, self.unit_norm_decoder) if name == "W_dec" else (False, False)
@@ -201,8 +202,8 @@ class SAEAdam(torch.optim.Optimizer):
         squares = torch.stack(torch._foreach_norm(present)).square().sum()
         if self.remove_parallel_grad and (dW_dec := gradients[2]) is not None:
             W_dec = self.parameters[2].to(dW_dec.dtype)  # gradients of 16-bit parameters may come in fp32
-            along = torch.einsum("fd,fd->f", dW_dec, W_dec)
-            squared_norm = torch.einsum("fd,fd->f", W_dec, W_dec)
+            along = torch.einsum("...d,...d->...", dW_dec, W_dec)
+            squared_norm = torch.einsum("...d,...d->...", W_dec, W_dec)
             squares -= torch.where(squared_norm > 0, along.square() / squared_norm, 0).sum()
         norm = squares.clamp(min=0).sqrt()
         return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -226,14 +227,13 @@ class SAEAdam(torch.optim.Optimizer):
     ) -> None:
         m, v = self.moments(W)
         target = W if W.is_contiguous() else W.contiguous()
-        chosen.adam_rows(  # type: ignore[attr-defined]
-            target, g.to(W.dtype).contiguous(), m, v, *step.arguments(), factor, remove_parallel, unit_norm
-        )
+        rows = (t.view(-1, W.shape[-1]) for t in (target, g.to(W.dtype).contiguous(), m, v))
+        chosen.adam_rows(*rows, *step.arguments(), factor, remove_parallel, unit_norm)  # type: ignore[attr-defined]
         if target is not W:
             W.copy_(target)
 
     def _select(self, W: Tensor, backend: str | None) -> Backend:
-        request = Request(W.device.type, W.dtype, n_latents=W.shape[0], d=W.shape[1])
+        request = Request(W.device.type, W.dtype, n_latents=W.shape[-2], d=W.shape[-1])
         return select("sae_adam", request, requested_backend(backend))
 
 
@@ -252,8 +252,9 @@ def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any
         raise TypeError(f"{op}: W_dec must be a torch.Tensor; got {describe(W_dec)}")
     if not isinstance(b_dec, Tensor):
         raise TypeError(f"{op}: b_dec must be a torch.Tensor; got {describe(b_dec)}")
-    n_latents, d = check_encoder(op, W_dec, W_enc, b_enc, b_dec, x_name="W_dec")
-    check_shape(op, "W_dec", W_dec, (n_latents, d), "[F, d]")
+    n_latents, d = check_encoder(op, W_dec, W_enc, b_enc, b_dec, x_name="W_dec", heads=True)
+    heads = W_enc.dim() == 3
+    check_shape(op, "W_dec", W_dec, tuple(W_enc.shape), "[H, F, d]" if heads else "[F, d]")
     for name, tensor in (("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
         if tensor.dtype != W_enc.dtype:
             raise ValueError(f"{op}: {name} must have the dtype of W_enc, {W_enc.dtype}; got {tensor.dtype}")

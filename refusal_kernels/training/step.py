@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Request, requested_backend, select
+from ..backends.heads import run
 from ..checks import check_encoder, check_k, check_not_negative, check_number, compute_dtype, matmul_dtype
 from ..ops.library import without_autocast
 from .auxk import AuxGradients, aux_k_gradients, check_dead, check_k_aux
@@ -23,7 +24,8 @@ from .optimizer import SAEAdam, check_sae_parameters
 
 
 class SAEStepOutput(NamedTuple):
-    """What a step measured; 0-dim tensors on the device of x unless a shape is given; none needs a gradient."""
+    """What a step measured; 0-dim tensors on the device of x unless a shape is given; none needs a gradient. With a
+    head axis every tensor has it in front: one loss per head, fire_counts [H, F], values [H, N, k]."""
 
     loss: Tensor  # mse + aux_alpha * aux_loss
     mse: Tensor  # sum ||x_hat - x||^2 / N
@@ -61,14 +63,18 @@ def sae_step(
         (grad_scale * loss).backward()                      # accumulates into .grad, as backward() does
         optimizer.step(); optimizer.zero_grad()             # only with optimizer; .grad is then left alone
 
+    With a head axis, which is there if and only if W_enc has three dimensions, H autoencoders take their step in one
+    call: the gradients and updates are those of a loop over heads, that is of the sum of the H losses; `max_grad_norm`
+    of the optimizer is then the norm over all heads, and AuxK is not available.
+
     Frozen parameters, which do not require a gradient, get none and are not stepped.
 
     Args:
-        x: [..., d] activations, N >= 1 rows in all, because the mean over an empty batch is not defined (the operators
-            themselves take one); no gradient is computed for it. Any float dtype: promoted to the weights', or under
-            autocast computed in the autocast dtype with fp32 sums and gradients.
-        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]: leaf tensors of one dtype, no two in the same memory (for tied
-            weights take the plain route); at least one must require a gradient.
+        x: [..., d], or [H, ..., d], activations, N >= 1 rows (per head), because the mean over an empty batch is not
+            defined (the operators themselves take one); no gradient is computed for it. Any float dtype: promoted to
+            the weights', or under autocast computed in the autocast dtype with fp32 sums and gradients.
+        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]; or [H, F, d], [H, F], [H, d]: leaf tensors of one dtype, no two in
+            the same memory (for tied weights take the plain route); at least one must require a gradient.
         k: latents per token.
         dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no
             cost.
@@ -88,13 +94,18 @@ def sae_step(
     Source: Gao et al., arXiv 2406.04093, equations 3-5 and section A.2.
     """
     op = "sae_step"
-    n_latents, d = check_encoder(op, x, W_enc, b_enc, b_dec)
+    n_latents, d = check_encoder(op, x, W_enc, b_enc, b_dec, heads=True)
     check_sae_parameters(op, W_enc, b_enc, W_dec, b_dec)
     k = check_k(op, k, n_latents)
     k_aux = check_k_aux(op, k_aux, d)
     aux_alpha = check_not_negative(op, "aux_alpha", aux_alpha)
     grad_scale = check_number(op, "grad_scale", grad_scale, "a finite number", math.isfinite)
     if dead is not None:
+        if W_enc.dim() == 3:
+            raise ValueError(
+                f"{op}: dead must be None where W_enc has a head axis, for which there is no AuxK; "
+                f"got a tensor of shape {tuple(dead.shape)}"
+            )
         check_dead(op, dead, n_latents)
     parameters = (W_enc, b_enc, W_dec, b_dec)
     if optimizer is not None:
@@ -131,19 +142,20 @@ class _Step:
         W_enc, b_enc, W_dec, b_dec = (p.detach() for p in parameters)
         self.rows = matmul_dtype(x.device.type, x.dtype, W_enc.dtype)
         self.ct = compute_dtype(self.rows)
-        self.x = x.detach().reshape(-1, x.shape[-1]).to(self.rows).contiguous()
+        self.heads = W_enc.shape[0] if W_enc.dim() == 3 else None
+        self.x = x.detach().reshape(*W_enc.shape[:-2], -1, x.shape[-1]).to(self.rows).contiguous()
         self.W_enc, self.W_dec = W_enc.to(self.rows).contiguous(), W_dec.to(self.rows).contiguous()
         self.b_enc, self.b_dec = b_enc.to(self.ct).contiguous(), b_dec.to(self.ct).contiguous()
         self.k, self.k_aux, self.aux_alpha, self.grad_scale = k, k_aux, aux_alpha, grad_scale
         self.dead = None if dead is None or dead.numel() == 0 or aux_alpha == 0 else dead.to(x.device)
-        request = Request(x.device.type, self.rows, n_latents=W_enc.shape[0], d=W_enc.shape[1], k=k)
+        request = Request(x.device.type, self.rows, n_latents=W_enc.shape[-2], d=W_enc.shape[-1], k=k)
         self.backend: Any = select("sae_step", request, requested_backend(backend))
 
     @torch.no_grad()
     def run(self, optimizer: SAEAdam | None) -> SAEStepOutput:
         with without_autocast(self.x.device.type):
-            values, indices = self.backend.topk_encode(self.x, self.W_enc, self.b_enc, self.k, self.b_dec)
-            e, squares = self.backend.decode_residual(self.x, values, indices, self.W_dec, self.b_dec)
+            values, indices = self._primitive("topk_encode", self.x, self.W_enc, self.b_enc, self.k, self.b_dec)
+            e, squares = self._primitive("decode_residual", self.x, values, indices, self.W_dec, self.b_dec)
             aux = self._aux(e)
             output = self._measure(values, indices, squares, aux)
             if optimizer is None:
@@ -158,10 +170,13 @@ class _Step:
                 optimizer.apply_gradients(free[0], free[1], free[2], free[3], backend=self.backend.name)
         return output
 
+    def _primitive(self, name: str, *arguments: Any) -> Any:
+        return run(self.backend, name, self.heads, *arguments)
+
     @property
     def _scale(self) -> float:
         """d(grad_scale * mse)/d(x_hat) = scale * e."""
-        return 2.0 * self.grad_scale / self.x.shape[0]
+        return 2.0 * self.grad_scale / self.x.shape[-2]
 
     def _aux(self, e: Tensor) -> AuxGradients | None:
         if self.dead is None:
@@ -171,49 +186,51 @@ class _Step:
         return aux_k_gradients(*args, self.dead, self.k_aux, weight)
 
     def _measure(self, values: Tensor, indices: Tensor, squares: Tensor, aux: AuxGradients | None) -> SAEStepOutput:
-        n = self.x.shape[0]
-        total = squares.sum()
+        n = self.x.shape[-2]
+        total = squares.sum(-1)
         mse = total / n
-        aux_loss = mse.new_zeros(()) if aux is None else aux.loss
-        fired = (values > 0).flatten()
-        counts = torch.zeros(self.W_enc.shape[0], dtype=torch.int64, device=values.device)
-        counts.scatter_add_(0, indices.flatten(), fired.to(torch.int64))
+        aux_loss = torch.zeros_like(mse) if aux is None else aux.loss
+        fired = (values > 0).flatten(-2)
+        counts = torch.zeros(self.W_enc.shape[:-1], dtype=torch.int64, device=values.device)
+        counts.scatter_add_(-1, indices.flatten(-2), fired.to(torch.int64))
         return SAEStepOutput(
             loss=mse + self.aux_alpha * aux_loss,
             mse=mse,
             aux_loss=aux_loss,
             fvu=total / self._total_variance(),
-            l0=fired.sum() / n,
+            l0=fired.sum(-1) / n,
             fire_counts=counts,
             values=values,
             indices=indices,
         )
 
     def _total_variance(self) -> Tensor:
-        """sum_n ||x_n - mean||^2. Centred before it is squared, so that a large mean costs no digits; on a CPU in
-        chunks that stay in cache, where one [N, d] temporary would be paid for in page faults at every step."""
-        mean = self.x.mean(0, dtype=self.ct)
-        rows = 256 if self.x.device.type == "cpu" else max(1, self.x.shape[0])
-        return torch.stack([(part - mean).square_().sum() for part in self.x.split(rows)]).sum()
+        """sum_n ||x_n - mean||^2, per head. Centred before it is squared, so that a large mean costs no digits; on a
+        CPU in chunks that stay in cache, where one [N, d] temporary would be paid for in page faults at every step."""
+        mean = self.x.mean(-2, keepdim=True, dtype=self.ct)
+        rows = 256 if self.x.device.type == "cpu" else max(1, self.x.shape[-2])
+        parts = self.x.split(rows, dim=-2)
+        return torch.stack([(part - mean).square_().flatten(-2).sum(-1) for part in parts]).sum(0)
 
     def _add_gradients(
         self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None, dW_enc: Tensor, dW_dec: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Adds the weights' gradients to dW_enc and dW_dec; returns (db_enc, db_dec). AuxK included."""
         db_enc = torch.zeros_like(self.b_enc)
-        self.backend.sae_backward(
-            e, self.x, values, indices, self.W_enc, self.W_dec, self.b_dec, self._scale, dW_enc, db_enc, dW_dec
-        )
+        weights = (self.W_enc, self.W_dec, self.b_dec)
+        self._primitive("sae_backward", e, self.x, values, indices, *weights, self._scale, dW_enc, db_enc, dW_dec)
         if aux is not None and self.dead is not None:
             # Distinct rows, so index_add_ has one owner per row and stays deterministic.
             dW_enc.index_add_(0, self.dead, aux.dW_enc)
             dW_dec.index_add_(0, self.dead, aux.dW_dec)
             db_enc.index_add_(0, self.dead, aux.db_enc)
-        return db_enc, self._b_dec_gradient(e, db_enc @ self.W_enc.to(self.ct))
+        W_enc = self.W_enc.to(self.ct)
+        through = db_enc @ W_enc if self.heads is None else torch.bmm(db_enc[:, None], W_enc)[:, 0]
+        return db_enc, self._b_dec_gradient(e, through)
 
     def _b_dec_gradient(self, e: Tensor, through_encoder: Tensor) -> Tensor:
         """b_dec enters as x_hat + b_dec and as x - b_dec: its gradient is scale * sum_n e_n - db_enc W_enc."""
-        return self._scale * e.sum(0, dtype=self.ct) - through_encoder
+        return self._scale * e.sum(-2, dtype=self.ct) - through_encoder
 
     def _accumulate(self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None) -> None:
         dW_enc, dW_dec = self._buffer(self.parameters[0]), self._buffer(self.parameters[2])
@@ -259,7 +276,8 @@ class _Step:
         extra: tuple[Tensor | None, ...] = (None, None, None, None)
         if aux is not None:
             extra = (self.dead, aux.dW_enc, aux.db_enc, aux.dW_dec)
-        through_encoder = self.backend.sae_backward_adam(
+        through_encoder = self._primitive(
+            "sae_backward_adam",
             e,
             self.x,
             values,

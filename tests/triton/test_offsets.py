@@ -66,11 +66,13 @@ def test_decode_reads_far_rows_and_writes_far_tokens(programs_from: Callable[[in
     W[FAR], W[3], x[FAR] = torch.randn(D), torch.randn(D), torch.randn(D)
     values[FAR], indices[FAR] = torch.tensor([2.0, -1.0]), torch.tensor([FAR, 3])
     expected = 2 * W[FAR] - W[3] - x[FAR]
-    tiles = decode.decode_tiles(D, has_bias=False, residual=True)
+    tiles = decode.decode_tiles(D, False, "+residual")
     width = D // tiles.constexprs["BLOCK_D"]
     squares = torch.zeros(ROWS, width)
     programs_from(FAR)
-    decode._decode_kernel[(1, width)](values, indices, None, W, None, x, out, squares, 2, D, **tiles.options())
+    decode._decode_kernel[(1, width)](
+        values, indices, None, W, None, x, out, squares, 2, D, ROWS, ROWS, **tiles.options()
+    )
     torch.testing.assert_close(out[FAR], expected)
     torch.testing.assert_close(squares[FAR].sum(), expected.square().sum())
 
@@ -107,7 +109,7 @@ def test_gradients_of_far_latents_from_far_tokens(programs_from: Callable[[int],
     programs_from(FAR)
     latents.latent_kernel[(1,)](
         e, x, values, order, offsets, ends, offsets, W, None, scale, values, dW_dec, dW_enc, db, dW_dec, dW_enc, db,
-        1, D, ROWS, 0, 256, **tiles.options(),
+        1, D, ROWS, 0, 256, ROWS, **tiles.options(),
     )  # fmt: skip
     dv = 2 * (e[FAR] @ W[FAR])
     torch.testing.assert_close(dW_dec[FAR], e[FAR])
