@@ -90,6 +90,8 @@ def stages(quick: bool) -> list[Stage]:
         columns = "parts ours sparse dense" + (" compile" if shape == CANONICAL[0] and not quick else "")
         command = python("-m", "benches.gpu.sae", "--shape", shape, "--columns", columns)
         found.append(Stage(f"sae {shape}", command, 90, json_lines))
+    if not quick:
+        found.append(Stage("heads", python("-m", "benches.gpu.heads"), 60, json_lines))
     found += [
         Stage("limits", python("-m", "benches.gpu.limits"), 60, json_lines),
         Stage("projection", python("-m", "benches.gpu.projection"), 60, json_lines),
