@@ -436,6 +436,31 @@ def captured(device: str, call: Callable[[], list[Tensor]]) -> Callable[[], list
 
 
 @everywhere
+@every_dtype
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k"), [(70, 130, 1025, 20), (5, 128, 4096, 32), (3, 40, 61, 61), (2, 8, 1300, 200)]
+)
+def test_heads_of_integers_are_exact_and_can_be_captured(backend, device, dtype, n, d, n_latents, k):
+    """Encode and decode of three heads in one call; on a GPU the grouped encoder, and chunks where k is 200."""
+    torch.use_deterministic_algorithms(False)
+    x, W = (integers(3, size, d, dtype=dtype).to(device) for size in (n, n_latents))
+    b_enc, b_dec = integers(3, n_latents).to(device), integers(3, d).to(device)
+
+    def call() -> list[Tensor]:
+        values, indices = rk.topk_encode(x, W, b_enc, k, b_dec, backend=backend)
+        return [values, indices, rk.sparse_decode(values, indices, W, b_dec, backend=backend)]
+
+    values, indices, x_hat = captured(device, call)()
+    ran(backend, "topk_encode", "sparse_decode")
+    for h in range(3):
+        exact_values, exact_indices = reference.topk_encode(*double(x[h], W[h], b_enc[h]), k, b_dec[h].cpu().double())
+        assert torch.equal(indices[h].cpu(), exact_indices)
+        assert torch.equal(values[h].cpu(), exact_values.to(dtype))
+        alone = rk.sparse_decode(values[h], indices[h], W[h], b_dec[h], backend=backend)
+        assert torch.equal(x_hat[h], alone)
+
+
+@everywhere
 @pytest.mark.parametrize("autocast", [False, True])
 def test_step_into_gradients_can_be_captured(backend, device, autocast):
     """Not the optimiser's step: Adam's step counter is a number on the host, which a graph would freeze."""

@@ -27,6 +27,7 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
         decode,
         encode,
         encode_csr,
+        grouped_encode,
         lora_projection,
         projected_adam,
         projection,
@@ -49,8 +50,8 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
     written = {
         name
         for module in (
-            encode, encode_csr, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection,
-            projected_adam,
+            encode, encode_csr, grouped_encode, decode, backward, backward_csr, adam, sae_adam, projection,
+            lora_projection, projected_adam,
         )
         for name in vars(module)
         if name.endswith("_kernel")
@@ -74,11 +75,11 @@ def test_gemm_runs_on_tensor_cores(compiled):
 
     expected = {configuration.label for configuration in configurations() if configuration.tensor_cores}
     gemms = [k for k in compiled if k["label"] in expected]
-    assert len(gemms) == 2 * len(CAPABILITIES)
+    assert len(gemms) == 2 * len(CAPABILITIES) + len(CAPABILITIES) + 1  # encode.gemm and encode.group, one a variant
     assert all(k["matrix_instruction"] == MATRIX_INSTRUCTION[k["capability"]] for k in gemms)
     # fp32 must not: "ieee" keeps all 24 bits, which tf32 tensor cores do not.
-    exact = [k for k in compiled if k["label"] == "encode.gemm[fp32]"]
-    assert len(exact) == len(CAPABILITIES)
+    exact = [k for k in compiled if k["label"] in ("encode.gemm[fp32]", "encode.group[fp32]")]
+    assert len(exact) == 2 * len(CAPABILITIES)
     assert not any(k["matrix_instruction"] for k in exact)
 
 

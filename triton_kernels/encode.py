@@ -33,6 +33,9 @@ finite bf16 numbers near the end of the range can overflow in x W_enc^T where th
 k > 1024 does not fit a list in registers: there, chunks are merged by `torch.topk` over the 64-bit keys (slower,
 equally exact).
 
+Heads: [H, N, d] rows and [H, F, d] weights go through grouped_encode.py in one launch where it takes the shape, and
+head by head through chunks where it does not.
+
 Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16
 out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection
 about 1 ms; the pivot and the centred rows read x twice and write it once, 0.2 ms. Measured: 65.8 ms where
@@ -44,7 +47,7 @@ MB); with b_dec also R d times the element size of centred rows and, in 16 bit, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +55,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped_encode import encode_rows, supports
 from .launch import Configuration, Tiles, integers, next_power_of_2, on_device, pointers
 
 
@@ -101,10 +105,13 @@ def _gemm_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def _pivot_kernel(x_ptr, pivot_ptr, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """pivot [d] becomes 0 in the columns where some x - pivot would be rounded in x's dtype.
+    """pivot [d] becomes 0 in the columns where some x - pivot would be rounded in x's dtype; of every head.
 
     A program may find a 0 that another has stored, and then has nothing to add: the outcome is the same in any order.
     """
+    head = tl.program_id(2).to(tl.int64)
+    x_ptr += head * n * d
+    pivot_ptr += head * d
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     live = column < d
@@ -120,7 +127,12 @@ def _pivot_kernel(x_ptr, pivot_ptr, n, d, BLOCK_N: tl.constexpr, BLOCK_D: tl.con
 def _fold_bias_kernel(
     w_ptr, b_enc_ptr, b_dec_ptr, out_ptr, n_latents, d, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """out [F] = b_enc - W_enc b_dec in fp32: what of b_dec is not subtracted from the rows."""
+    """out [F] = b_enc - W_enc b_dec in fp32: what of b_dec is not subtracted from the rows; of every head."""
+    head = tl.program_id(1).to(tl.int64)
+    w_ptr += head * n_latents * d
+    b_enc_ptr += head * n_latents
+    b_dec_ptr += head * d
+    out_ptr += head * n_latents
     latent = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     exists = latent < n_latents
     total = tl.zeros([BLOCK_F], dtype=tl.float32)
@@ -262,23 +274,24 @@ def triton_project(x: Tensor, W: Tensor, out: Tensor) -> None:
 
 
 def pivot_of(x: Tensor, b_dec: Tensor) -> Tensor:
-    """pivot [d] in the 16-bit dtype of x [N, d]: b_dec [d], rounded, where x - pivot is exact for all rows, else 0."""
+    """pivot [d] in the 16-bit dtype of x [N, d]: b_dec [d], rounded, where x - pivot is exact for all rows, else 0. Or
+    [H, d] of x [H, N, d] and b_dec [H, d]."""
     pivot = b_dec.to(x.dtype)
     pivot = torch.where(pivot.isfinite(), pivot, 0)
-    n, d = x.shape
-    grid = (triton.cdiv(n, _PIVOT.constexprs["BLOCK_N"]), triton.cdiv(d, _PIVOT.constexprs["BLOCK_D"]))
+    *heads, n, d = x.shape
+    grid = (triton.cdiv(n, _PIVOT.constexprs["BLOCK_N"]), triton.cdiv(d, _PIVOT.constexprs["BLOCK_D"]), *heads)
     _pivot_kernel[grid](x, pivot, n, d, **_PIVOT.options())
     return pivot
 
 
 def centring(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """(what is subtracted from the rows before the product, or None; bias [F] fp32 that is added to it)."""
+    """(what is subtracted from the rows before the product or None, what is added after it); heads or none."""
     if b_dec is None or x.dtype == torch.float32:
         return b_dec, b_enc
     shift = pivot_of(x, b_dec)
     bias = torch.empty_like(b_enc)
-    n_latents, d = W_enc.shape
-    grid = (triton.cdiv(n_latents, _BIAS.constexprs["BLOCK_F"]),)
+    n_latents, d = W_enc.shape[-2:]
+    grid = (triton.cdiv(n_latents, _BIAS.constexprs["BLOCK_F"]), *W_enc.shape[:-2])
     _fold_bias_kernel[grid](W_enc, b_enc, b_dec - shift, bias, n_latents, d, **_BIAS.options())
     return shift, bias
 
@@ -337,20 +350,55 @@ def topk_encode(
     b_dec: Tensor | None,
     *,
     chunk: tuple[int, int] | None = None,
+    path: str | None = None,
     row_filter: RowFilter | None = None,
 ) -> tuple[Tensor, Tensor]:
     """values [N, k] in x's dtype and indices [N, k] int64; see the module's docstring.
 
-    x [N, d] and W_enc [F, d] share one dtype of fp32, bf16, fp16; b_enc [F] and b_dec [d] are fp32; 1 <= k <= F < 2^31.
-    `chunk` = (rows, latents) overrides the size of the work buffer, `row_filter` the kernel that selects.
+    x [N, d] and W_enc [F, d] share one dtype of fp32, bf16, fp16; b_enc [F] and b_dec [d] are fp32; 1 <= k <= F < 2^31;
+    or all of them with a head axis in front. `chunk` = (rows, latents) overrides the size of the work buffer. `path` is
+    "chunked", "grouped" or None for `path_of`'s choice. `row_filter`: the kernel that selects, in chunks.
 
     Equivalent to: torch.sort(torch.relu((x - b_dec) @ W_enc.T + b_enc), descending=True, stable=True), first k columns.
     """
-    n, n_latents = x.shape[0], W_enc.shape[0]
-    values = torch.empty(n, k, dtype=x.dtype, device=x.device)
-    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    if n == 0:
+    values = torch.empty(*x.shape[:-1], k, dtype=x.dtype, device=x.device)
+    indices = torch.empty(*x.shape[:-1], k, dtype=torch.int64, device=x.device)
+    if x.numel() == 0:
         return values, indices
+    if row_filter is None and (path or path_of(W_enc.shape, k)) == "grouped":
+        with on_device(x):
+            shift, bias = centring(x, W_enc, b_enc, b_dec)
+            heads = x.dim() - 2  # 0 or 1: a head axis of 1 is put where there is none
+            arguments = (t if heads or t is None else t[None] for t in (x, W_enc, bias, shift, values, indices))
+            encode_rows(*arguments, rows=None if chunk is None else chunk[0])  # type: ignore[arg-type]
+    elif W_enc.dim() == 3:
+        for head in range(W_enc.shape[0]):
+            one = (x[head], W_enc[head], b_enc[head], k, None if b_dec is None else b_dec[head])
+            _encode_in_chunks(*one, values[head], indices[head], chunk, row_filter)
+    else:
+        _encode_in_chunks(x, W_enc, b_enc, k, b_dec, values, indices, chunk, row_filter)
+    return values, indices
+
+
+def path_of(shape: Sequence[int], k: int) -> str:
+    """The path for W_enc of `shape`: "grouped" (grouped_encode.py) where there are heads and it takes the shape, by the
+    prediction that stands there; else "chunked", which is the one that was measured."""
+    return "grouped" if len(shape) == 3 and supports(shape[-1], shape[-2], k) else "chunked"
+
+
+def _encode_in_chunks(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    chunk: tuple[int, int] | None,
+    row_filter: RowFilter | None,
+) -> None:
+    """values, indices [N, k] of x [N, d] with W_enc [F, d], by chunks of pre-activations and the filter."""
+    n, n_latents = x.shape[0], W_enc.shape[0]
     rows, columns = chunk or chunk_shape(x, n_latents, k)
     rows, columns = min(rows, n), min(columns, n_latents)
     lists = list_tiles(k)
@@ -381,7 +429,6 @@ def topk_encode(
                 unpack_grid = (r, triton.cdiv(k, _UNPACK.constexprs["BLOCK"]))
                 block = slice(top, top + r)
                 _unpack_kernel[unpack_grid](keys, values[block], indices[block], k, width, **_UNPACK.options())
-    return values, indices
 
 
 def configurations() -> Iterator[Configuration]:

@@ -11,6 +11,7 @@ from . import (
     decode,
     encode,
     encode_csr,
+    grouped_encode,
     lora_projection,
     projected_adam,
     projection,
@@ -22,7 +23,8 @@ from .launch import Configuration
 def configurations() -> Iterator[Configuration]:
     """The configurations of every kernel file."""
     modules = (
-        encode, encode_csr, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection, projected_adam
+        encode, encode_csr, grouped_encode, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection,
+        projected_adam,
     )  # fmt: skip
     for module in modules:
         yield from module.configurations()

@@ -49,7 +49,9 @@ def _step_kernel(
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    head = tl.program_id(1)
+    head = 0
+    if not EXTRA:  # AuxK comes without heads, and its rows leave no register for the axis
+        head = tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     live = column < d
     if HAS_BIAS:
@@ -164,7 +166,8 @@ def sae_backward_adam(
     e = x_hat - x, x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. W_enc, W_dec in x's
     dtype or fp32 beside 16-bit activations: the gradients are then those at the weights rounded as the forward pass saw
     them, and the step moves the fp32 weights. `extra_rows` [D] int64 are distinct latents to which extra_dW_enc
-    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none. With heads their numbers are h F + f.
+    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none. They do not come
+    with a head axis.
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
@@ -180,7 +183,7 @@ def sae_backward_adam(
         if extra_rows is not None:
             for gradient, extra in zip(gradients, extras, strict=True):
                 if extra is not None:
-                    gradient.flatten(0, W_dec.dim() - 2).index_add_(0, extra_rows, extra.to(torch.float32))
+                    gradient.index_add_(0, extra_rows, extra.to(torch.float32))
         db_enc, We = gradients[1], We.to(torch.float32)
         wide_through = db_enc @ We if We.dim() == 2 else torch.bmm(db_enc[:, None], We)[:, 0]
         adam_rows(W_enc, gradients[0], m_W_enc, v_W_enc, *numbers, None, False, False)
@@ -190,7 +193,7 @@ def sae_backward_adam(
     with on_device(e):
         position = None
         if extra_rows is not None:
-            position = torch.full((n_heads * n_latents,), -1, dtype=torch.int64, device=e.device)
+            position = torch.full((n_latents,), -1, dtype=torch.int64, device=e.device)
             position[extra_rows] = torch.arange(extra_rows.numel(), device=e.device)
         csc = csc_from_indices(indices, n_latents, segment or segment_length(max(indices.numel(), 1), d))
         part_dec, part_enc, part_db = hot_parts(e, x, values, csc, W_dec, b_dec, scale)

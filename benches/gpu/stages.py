@@ -110,6 +110,8 @@ def stages(quick: bool) -> list[Stage]:
         found.append(Stage(f"sae {shape}", command, 90, json_lines))
         if shape == CANONICAL[0]:
             found += sanitizers()
+    if not quick:
+        found.append(Stage("heads", python("-m", "benches.gpu.heads"), 60, json_lines))
     found += [
         Stage("limits", python("-m", "benches.gpu.limits"), 60, json_lines),
         Stage("projection", python("-m", "benches.gpu.projection"), 90, json_lines),

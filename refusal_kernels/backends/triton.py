@@ -60,7 +60,7 @@ class TritonBackend(Backend):
     name = "triton"
     device_types = ("cuda",)
     fuses_mixed_precision = True
-    takes_heads = frozenset(_MODULES) - {"topk_encode", "project_out", "project_out_grouped"}
+    takes_heads = frozenset(_MODULES) - {"project_out", "project_out_grouped"}
 
     def unavailable_reason(self) -> str | None:
         return _import_error()
