@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Configuration, Tiles, device_scalar, on_device
+from .compact import load_wide, moment_words, store_moments, store_weight
+from .launch import ABSENT, Configuration, Tiles, device_scalar, on_device, pointers
 
 
 @triton.jit
@@ -33,9 +35,9 @@ def adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_
     return w - step_size * m / (tl.sqrt(v) / root_bc2 + eps), m, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def _row_kernel(
-    w_ptr, g_ptr, m_ptr, v_ptr, grad_scale_ptr, d,
+    w_ptr, low_ptr, g_ptr, m_ptr, v_ptr, grad_scale_ptr, d, salt,
     step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2,
     PARALLEL: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -43,26 +45,25 @@ def _row_kernel(
     column = tl.arange(0, BLOCK_D)
     live = column < d
     at = tl.program_id(0).to(tl.int64) * d + column
-    w = tl.load(w_ptr + at, mask=live, other=0.0).to(tl.float32)
+    w = load_wide(w_ptr, low_ptr, at, live)
     g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
     if PARALLEL:
         square = tl.sum(w * w)
         g -= tl.where(square > 0.0, tl.sum(g * w) / tl.where(square > 0.0, square, 1.0), 0.0) * w
     g *= tl.load(grad_scale_ptr)
-    m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
+    m = load_wide(m_ptr, None, at, live)
+    v = load_wide(v_ptr, None, at, live)
     w, m, v = adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
     if UNIT:
         square = tl.sum(tl.where(live, w * w, 0.0))
         w /= tl.where(square > 0.0, tl.sqrt(square), 1.0)
-    tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=live)
-    tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=live)
-    tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=live)
+    store_weight(w_ptr, low_ptr, at, live, w)
+    store_moments(m_ptr, v_ptr, at, live, m, v, salt)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salt"])
 def _wide_row_kernel(
-    w_ptr, g_ptr, m_ptr, v_ptr, grad_scale_ptr, d,
+    w_ptr, low_ptr, g_ptr, m_ptr, v_ptr, grad_scale_ptr, d, salt,
     step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2,
     PARALLEL: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +76,7 @@ def _wide_row_kernel(
         for start in range(0, d, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             live = column < d
-            w = tl.load(w_ptr + row + column, mask=live, other=0.0).to(tl.float32)
+            w = load_wide(w_ptr, low_ptr, row + column, live)
             squares += w * w
             products += w * tl.load(g_ptr + row + column, mask=live, other=0.0).to(tl.float32)
     square = tl.sum(squares)
@@ -86,17 +87,17 @@ def _wide_row_kernel(
         column = start + tl.arange(0, BLOCK_D)
         live = column < d
         at = row + column
-        w = tl.load(w_ptr + at, mask=live, other=0.0).to(tl.float32)
+        w = load_wide(w_ptr, low_ptr, at, live)
         g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
         g = (g - share * w) * grad_scale
-        m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
-        v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
+        m = load_wide(m_ptr, None, at, live)
+        v = load_wide(v_ptr, None, at, live)
         w, m, v = adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
-        stored = w.to(w_ptr.dtype.element_ty)
-        tl.store(w_ptr + at, stored, mask=live)
-        tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=live)
-        tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=live)
-        squares += tl.where(live, stored.to(tl.float32) * stored.to(tl.float32), 0.0)
+        store_weight(w_ptr, low_ptr, at, live, w)
+        store_moments(m_ptr, v_ptr, at, live, m, v, salt)
+        if low_ptr is None:
+            w = w.to(w_ptr.dtype.element_ty).to(tl.float32)
+        squares += tl.where(live, w * w, 0.0)
     if UNIT:
         square = tl.sum(squares)
         norm = tl.where(square > 0.0, tl.sqrt(square), 1.0)
@@ -105,26 +106,25 @@ def _wide_row_kernel(
         for start in range(0, d, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             live = column < d
-            w = tl.load(w_ptr + row + column, mask=live, other=0.0).to(tl.float32)
-            tl.store(w_ptr + row + column, (w / norm).to(w_ptr.dtype.element_ty), mask=live)
+            w = load_wide(w_ptr, low_ptr, row + column, live)
+            store_weight(w_ptr, low_ptr, row + column, live, w / norm)
 
 
-@triton.jit(do_not_specialize=["step_size", "root_bc2"])
+@triton.jit(do_not_specialize=["step_size", "root_bc2", "salt"])
 def _flat_kernel(
-    w_ptr, g_ptr, m_ptr, v_ptr, grad_scale_ptr, n,
+    w_ptr, low_ptr, g_ptr, m_ptr, v_ptr, grad_scale_ptr, n, salt,
     step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = at < n
-    w = tl.load(w_ptr + at, mask=live, other=0.0).to(tl.float32)
+    w = load_wide(w_ptr, low_ptr, at, live)
     g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32) * tl.load(grad_scale_ptr)
-    m = tl.load(m_ptr + at, mask=live, other=0.0).to(tl.float32)
-    v = tl.load(v_ptr + at, mask=live, other=0.0).to(tl.float32)
+    m = load_wide(m_ptr, None, at, live)
+    v = load_wide(v_ptr, None, at, live)
     w, m, v = adam_update(w, g, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
-    tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=live)
-    tl.store(m_ptr + at, m.to(m_ptr.dtype.element_ty), mask=live)
-    tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=live)
+    store_weight(w_ptr, low_ptr, at, live, w)
+    store_moments(m_ptr, v_ptr, at, live, m, v, salt)
 
 
 # (BLOCK_D, warps): 4 to 16 elements per thread.
@@ -158,41 +158,106 @@ def adam_rows(
 
     Equivalent to: torch.optim.Adam's step with gradient grad_scale * (g - <g, w> w / ||w||^2) per row, then w / ||w||.
     """
+    numbers = (lr, beta1, beta2, eps, bias_correction1, bias_correction2)
+    _launch(W, None, g, m, v, 0, numbers, grad_scale, remove_parallel, unit_norm)
+
+
+def adam_compact_rows(
+    W: Tensor,
+    low: Tensor | None,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    bias_correction1: float,
+    bias_correction2: float,
+    grad_scale: Tensor | float | None,
+    remove_parallel: bool,
+    unit_norm: bool,
+    salt: int,
+) -> None:
+    """The same with bf16 moments, rounded stochastically, or with master weights in halves: see
+    `refusal_kernels.backends.base.Backend.adam_compact_rows`."""
+    if low is not None:
+        W = W.view(torch.int16)
+    numbers = (lr, beta1, beta2, eps, bias_correction1, bias_correction2)
+    _launch(W, low, g, moment_words(m), moment_words(v), salt, numbers, grad_scale, remove_parallel, unit_norm)
+
+
+def _launch(
+    W: Tensor,
+    low: Tensor | None,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    salt: int,
+    numbers: tuple[float, ...],
+    grad_scale: Tensor | float | None,
+    remove_parallel: bool,
+    unit_norm: bool,
+) -> None:
     if W.numel() == 0:
         return
+    lr, beta1, beta2, eps, bias_correction1, bias_correction2 = numbers
     # The complements are taken in double: 1 - float32(0.999) is off by 5e-5 of itself.
-    numbers = (lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5)
+    scalars = (lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5)
     with on_device(W):
         scale = device_scalar(1.0 if grad_scale is None else grad_scale, W.device)
         if not (remove_parallel or unit_norm):
             n = W.numel()
             grid = (triton.cdiv(n, _FLAT.constexprs["BLOCK"]),)
-            _flat_kernel[grid](W, g, m, v, scale, n, *numbers, **_FLAT.options())
+            _flat_kernel[grid](W, low, g, m, v, scale, n, salt, *scalars, **_FLAT.options())
             return
         d = W.shape[-1]
         rows = W.numel() // d
         block = next((b for b in _ROW_BLOCKS if b[0] >= d), None)
         kernel = _wide_row_kernel if block is None else _row_kernel
         tiles = _row_tiles(block or _WIDE_BLOCK, remove_parallel, unit_norm)
-        kernel[(rows,)](W, g, m, v, scale, d, *numbers, **tiles.options())
+        kernel[(rows,)](W, low, g, m, v, scale, d, salt, *scalars, **tiles.options())
+
+
+# What is stored of (weights, moments): fp32 numbers, bf16 moments, weights in halves, both.
+FORMS = {
+    "": ("fp32", "fp32"), "bf16 moments": ("fp32", "i16"), "halves": ("i16", "fp32"),
+    "halves+bf16 moments": ("i16", "i16"),
+}  # fmt: skip
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every kernel of this file as it ships, for fp32 parameters and states."""
-    pointers = {"w_ptr": "*fp32", "g_ptr": "*fp32", "m_ptr": "*fp32", "v_ptr": "*fp32", "grad_scale_ptr": "*fp32"}
+    """Every kernel of this file as it ships, for fp32 parameters and states, and with state in fewer bytes."""
     names = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
     numbers = dict.fromkeys(names, "fp32")
-    for kernel, label, block in (
-        *((_row_kernel, f"adam.row[{block[0]}", block) for block in _ROW_BLOCKS),
-        (_wide_row_kernel, "adam.wide_row[", _WIDE_BLOCK),
-    ):
-        for parallel, unit in ((True, True), (True, False), (False, True)):
-            yield Configuration(
-                kernel,
-                label + ("+parallel" if parallel else "") + ("+unit]" if unit else "]"),
-                {**pointers, "d": "i32", **numbers},
-                _row_tiles(block, parallel, unit),
-                ("d",),
-                variant=not (parallel and unit),
-            )
-    yield Configuration(_flat_kernel, "adam.flat", {**pointers, "n": "i32", **numbers}, _FLAT, ("n",))
+    for form, (weights, moments) in FORMS.items():
+        pointers_of = {
+            **pointers(weights, "w"),
+            **(pointers("i16", "low") if weights == "i16" else {"low_ptr": ABSENT}),
+            **pointers("fp32", "g", "grad_scale"),
+            **pointers(moments, "m", "v"),
+        }
+        said = f"+{form}" if form else ""
+        for kernel, label, block in (
+            *((_row_kernel, f"adam.row[{block[0]}", block) for block in _ROW_BLOCKS),
+            (_wide_row_kernel, "adam.wide_row[", _WIDE_BLOCK),
+        ):
+            for parallel, unit in ((True, True), (True, False), (False, True)):
+                if form and not (parallel and unit):
+                    continue
+                yield Configuration(
+                    kernel,
+                    label + ("+parallel" if parallel else "") + ("+unit" if unit else "") + said + "]",
+                    {**pointers_of, "d": "i32", "salt": "i32", **numbers},
+                    _row_tiles(block, parallel, unit),
+                    ("d",),
+                    variant=bool(form) or not (parallel and unit),
+                )
+        yield Configuration(
+            _flat_kernel,
+            f"adam.flat[{form}]" if form else "adam.flat",
+            {**pointers_of, "n": "i32", "salt": "i32", **numbers},
+            _FLAT,
+            ("n",),
+            variant=bool(form),
+        )

@@ -23,7 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import Configuration
+from .launch import ABSENT, Configuration
 from .registry import configurations
 
 VARIANT_CAPABILITY = 90  # where variants of a configuration are compiled
@@ -64,7 +64,9 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     ]
     attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
     options = {name: value for name, value in tiles.options().items() if name not in tiles.constexprs}
-    source = ASTSource(configuration.kernel, signature, dict(tiles.constexprs), attributes)
+    absent = {name: None for name in names if signature[name] == ABSENT and name not in tiles.constexprs}
+    constants = {**absent, **tiles.constexprs}
+    source = ASTSource(configuration.kernel, signature, constants, attributes)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = kernel.asm["ptx"]
     instruction = ""

@@ -33,6 +33,9 @@ def device_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
+ABSENT = "constexpr"  # the type of an argument that is None
+
+
 @dataclass(frozen=True)
 class Tiles:
     """The compile-time half of a launch: constexpr arguments and the two scheduling options."""
@@ -54,7 +57,8 @@ class Tiles:
 class Configuration:
     """One kernel as it ships: everything that ahead-of-time compilation needs to build the binary a launch would use.
 
-    `signature` maps each run-time argument to its Triton type ("*bf16", "i32", "fp32"); the constexprs are in `tiles`.
+    `signature` maps each run-time argument to its Triton type ("*bf16", "i32", "fp32", ABSENT for None); the
+    constexprs are in `tiles`.
     Pointers and the integers named in `divisible_by_16` carry the alignment attribute that the JIT would find on them.
     A `variant` differs from another configuration in a dtype, an index type or a flag only; tests compile it for one
     architecture.

@@ -25,26 +25,39 @@ and dependent loads are not hidden by another's. Rows wider than 4096 go through
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import adam_rows, adam_update
+from .adam import FORMS, adam_compact_rows, adam_rows, adam_update
 from .backward import sae_backward, segment_length
+from .compact import load_wide, moment_words, store_moments, store_weight, upper_half
 from .csc import csc_from_indices
 from .latents import add_entries, block_tiles, hot_parts, rounded_to
-from .launch import Configuration, device_scalar, integers, on_device, pointers
+from .launch import ABSENT, Configuration, device_scalar, integers, on_device, pointers
 
 
-@triton.jit(do_not_specialize=["n_latents", "programs", "segment"])
+@triton.jit
+def as_seen(w, low_ptr, ptr):
+    """fp32 weights as the forward pass saw them: their bf16 halves, or a copy in the dtype of the activations."""
+    if low_ptr is not None:
+        return upper_half(w)
+    else:
+        return rounded_to(w, ptr)
+
+
+@triton.jit(do_not_specialize=["n_latents", "programs", "segment", "salt_enc", "salt_dec"])
 def _step_kernel(
     e_ptr, x_ptr, values_ptr, order_ptr, offsets_ptr, ends_ptr, scale_ptr, b_dec_ptr,
-    w_enc_ptr, m_enc_ptr, v_enc_ptr, b_enc_ptr, m_b_ptr, v_b_ptr, w_dec_ptr, m_dec_ptr, v_dec_ptr,
+    w_enc_ptr, low_enc_ptr, m_enc_ptr, v_enc_ptr, b_enc_ptr, m_b_ptr, v_b_ptr,
+    w_dec_ptr, low_dec_ptr, m_dec_ptr, v_dec_ptr,
     part_dec_ptr, part_enc_ptr, part_db_ptr,
     position_ptr, extra_enc_ptr, extra_db_ptr, extra_dec_ptr, through_ptr,
-    k, d, n_latents, programs, segment, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2,
+    k, d, n_latents, programs, segment, salt_enc, salt_dec,
+    step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2,
     HAS_BIAS: tl.constexpr, EXTRA: tl.constexpr, PARALLEL: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -64,11 +77,12 @@ def _step_kernel(
         begin = tl.load(offsets_ptr + latent)
         end = tl.load(offsets_ptr + latent + 1)
         parts = tl.where(end - begin > segment, tl.cdiv(end - begin, segment), 0)
-        w = tl.load(w_dec_ptr + at, mask=live, other=0.0).to(tl.float32)
+        w = load_wide(w_dec_ptr, low_dec_ptr, at, live)
         # A hot latent's entries are in its parts already: the loop over them is then empty.
         dw_dec, dw_enc, db = add_entries(
-            begin, tl.where(parts > 0, begin, end), rounded_to(w, e_ptr), column, live, scale, e_ptr, x_ptr, values_ptr,
-            order_ptr, b_dec_ptr, values_ptr, k, d, True, False, HAS_BIAS, BLOCK_D, UNROLL, STAGES,
+            begin, tl.where(parts > 0, begin, end), as_seen(w, low_dec_ptr, e_ptr), column, live, scale,
+            e_ptr, x_ptr, values_ptr, order_ptr, b_dec_ptr, values_ptr, k, d,
+            True, False, HAS_BIAS, BLOCK_D, UNROLL, STAGES,
         )  # fmt: skip
         first = tl.load(ends_ptr + latent) - parts
         for part in range(first, first + parts):
@@ -85,26 +99,24 @@ def _step_kernel(
         if PARALLEL:
             square = tl.sum(w * w)
             dw_dec -= tl.where(square > 0.0, tl.sum(dw_dec * w) / tl.where(square > 0.0, square, 1.0), 0.0) * w
-        m = tl.load(m_dec_ptr + at, mask=live, other=0.0).to(tl.float32)
-        v = tl.load(v_dec_ptr + at, mask=live, other=0.0).to(tl.float32)
+        m = load_wide(m_dec_ptr, None, at, live)
+        v = load_wide(v_dec_ptr, None, at, live)
         w, m, v = adam_update(w, dw_dec, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
         if UNIT:
             square = tl.sum(tl.where(live, w * w, 0.0))
             w /= tl.where(square > 0.0, tl.sqrt(square), 1.0)
-        tl.store(w_dec_ptr + at, w.to(w_dec_ptr.dtype.element_ty), mask=live)
-        tl.store(m_dec_ptr + at, m.to(m_dec_ptr.dtype.element_ty), mask=live)
-        tl.store(v_dec_ptr + at, v.to(v_dec_ptr.dtype.element_ty), mask=live)
+        store_weight(w_dec_ptr, low_dec_ptr, at, live, w)
+        store_moments(m_dec_ptr, v_dec_ptr, at, live, m, v, salt_dec)
 
-        w = tl.load(w_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
-        through += db * rounded_to(w, e_ptr)
-        m = tl.load(m_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
-        v = tl.load(v_enc_ptr + at, mask=live, other=0.0).to(tl.float32)
+        w = load_wide(w_enc_ptr, low_enc_ptr, at, live)
+        through += db * as_seen(w, low_enc_ptr, e_ptr)
+        m = load_wide(m_enc_ptr, None, at, live)
+        v = load_wide(v_enc_ptr, None, at, live)
         w, m, v = adam_update(w, dw_enc, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
-        tl.store(w_enc_ptr + at, w.to(w_enc_ptr.dtype.element_ty), mask=live)
-        tl.store(m_enc_ptr + at, m.to(m_enc_ptr.dtype.element_ty), mask=live)
-        tl.store(v_enc_ptr + at, v.to(v_enc_ptr.dtype.element_ty), mask=live)
+        store_weight(w_enc_ptr, low_enc_ptr, at, live, w)
+        store_moments(m_enc_ptr, v_enc_ptr, at, live, m, v, salt_enc)
 
-        b = tl.load(b_enc_ptr + latent)
+        b = tl.load(b_enc_ptr + latent).to(tl.float32)
         m_b = tl.load(m_b_ptr + latent)
         v_b = tl.load(v_b_ptr + latent)
         b, m_b, v_b = adam_update(
@@ -119,14 +131,18 @@ def _step_kernel(
 
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
 _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
-# 16-bit rows beside fp32 weights, without AuxK's: one stage more pays there and spills elsewhere.
-_MIXED_BLOCK = (4096, 2, 16, 3)
+# The widest block, by what registers allow: one stage more where 16-bit rows meet fp32 weights and moments without
+# AuxK's rows, one less where weights in halves meet these.
+_MORE, _LESS = (4096, 2, 16, 3), (4096, 2, 16, 1)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
 
-def _block(d: int, mixed: bool) -> tuple[int, int, int, int]:
+def _block(d: int, mixed: bool, halves: bool, extra: bool) -> tuple[int, int, int, int]:
+    """`mixed`: 16-bit rows beside fp32 weights and moments; `halves`: weights in halves."""
     block = next(b for b in _BLOCKS if b[0] >= d)
-    return _MIXED_BLOCK if mixed and block[0] == _MIXED_BLOCK[0] else block
+    if block[0] == _MORE[0] and mixed and not extra:
+        return _MORE
+    return _LESS if block[0] == _LESS[0] and halves and extra else block
 
 
 def sae_backward_adam(
@@ -157,6 +173,9 @@ def sae_backward_adam(
     extra_dW_enc: Tensor | None,
     extra_db_enc: Tensor | None,
     extra_dW_dec: Tensor | None,
+    low_W_enc: Tensor | None = None,
+    low_W_dec: Tensor | None = None,
+    salts: tuple[int, int] | None = None,
     *,
     segment: int | None = None,
 ) -> Tensor:
@@ -168,6 +187,9 @@ def sae_backward_adam(
     them, and the step moves the fp32 weights. `extra_rows` [D] int64 are distinct latents to which extra_dW_enc
     [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none. They do not come
     with a head axis.
+
+    `salts` (W_enc's, W_dec's) say that the state is compact, as `Backend.adam_compact_rows` has it: moments in bf16 are
+    rounded stochastically, and bf16 weights with the int16 low_W_enc, low_W_dec are halves of fp32 master weights.
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
@@ -186,9 +208,11 @@ def sae_backward_adam(
                     gradient.index_add_(0, extra_rows, extra.to(torch.float32))
         db_enc, We = gradients[1], We.to(torch.float32)
         wide_through = db_enc @ We if We.dim() == 2 else torch.bmm(db_enc[:, None], We)[:, 0]
-        adam_rows(W_enc, gradients[0], m_W_enc, v_W_enc, *numbers, None, False, False)
-        adam_rows(b_enc, gradients[1], m_b_enc, v_b_enc, *numbers, None, False, False)
-        adam_rows(W_dec, gradients[2], m_W_dec, v_W_dec, *numbers, None, remove_parallel, unit_norm)
+        plain, constrained = (*numbers, None, False, False), (*numbers, None, remove_parallel, unit_norm)
+        salt_enc, salt_dec = (None, None) if salts is None else salts
+        _adam(W_enc, low_W_enc, gradients[0], m_W_enc, v_W_enc, plain, salt_enc)
+        adam_rows(b_enc, gradients[1], m_b_enc, v_b_enc, *plain)
+        _adam(W_dec, low_W_dec, gradients[2], m_W_dec, v_W_dec, constrained, salt_dec)
         return wide_through
     with on_device(e):
         position = None
@@ -197,10 +221,15 @@ def sae_backward_adam(
             position[extra_rows] = torch.arange(extra_rows.numel(), device=e.device)
         csc = csc_from_indices(indices, n_latents, segment or segment_length(max(indices.numel(), 1), d))
         part_dec, part_enc, part_db = hot_parts(e, x, values, csc, W_dec, b_dec, scale)
+        moments = [m_W_enc, v_W_enc, m_W_dec, v_W_dec]
+        if salts is not None:
+            moments = [moment_words(moment) for moment in moments]
+        weights = [W if low is None else W.view(torch.int16) for W, low in ((W_enc, low_W_enc), (W_dec, low_W_dec))]
+        mixed = W_enc.element_size() - e.element_size() == 2 and m_W_enc.dtype == torch.float32
         programs = min(_PROGRAMS, n_latents)
         through = torch.empty(*W_dec.shape[:-2], programs, d, dtype=torch.float32, device=e.device)
         tiles = block_tiles(
-            _block(d, W_enc.element_size() - e.element_size() == 2 and extra_rows is None),
+            _block(d, mixed, low_W_enc is not None, extra_rows is not None),
             HAS_BIAS=b_dec is not None,
             EXTRA=extra_rows is not None,
             PARALLEL=remove_parallel,
@@ -208,42 +237,60 @@ def sae_backward_adam(
         )
         _step_kernel[(programs, n_heads)](
             e, x, values, csc.order, csc.offsets, csc.segment_ends, device_scalar(scale, e.device), b_dec,
-            W_enc, m_W_enc, v_W_enc, b_enc, m_b_enc, v_b_enc, W_dec, m_W_dec, v_W_dec,
+            weights[0], low_W_enc, *moments[:2], b_enc, m_b_enc, v_b_enc, weights[1], low_W_dec, *moments[2:],
             part_dec, part_enc, part_db, position, *extras, through,
-            values.shape[-1], d, n_latents, programs, csc.segment,
+            values.shape[-1], d, n_latents, programs, csc.segment, *(salts or (0, 0)),
             lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5, **tiles.options(),
         )  # fmt: skip
         return through.sum(-2)
 
 
+def _adam(
+    W: Tensor, low: Tensor | None, g: Tensor, m: Tensor, v: Tensor, numbers: tuple[Any, ...], salt: int | None
+) -> None:
+    if salt is None:
+        adam_rows(W, g, m, v, *numbers)
+    else:
+        adam_compact_rows(W, low, g, m, v, *numbers, salt=salt)
+
+
 def configurations() -> Iterator[Configuration]:
     """The kernel at every width, with fp32 states: for bf16 throughout, for fp32 throughout, and for 16-bit activations
     beside fp32 weights (autocast); with and without rows of AuxK. int64 entry numbers (N k >= 2^31) at the widest
-    block."""
-    states = ("m_enc", "v_enc", "b_enc", "m_b", "v_b", "m_dec", "v_dec")
+    block. State in fewer bytes beside bf16 activations: bf16 moments, master weights in halves, both."""
     sums = ("part_dec", "part_enc", "part_db", "extra_enc", "extra_db", "extra_dec", "through")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
-    forms = [(name, name, "i32", block, True) for name in ("bf16", "fp32") for block in _BLOCKS]
-    forms += [("fp32", "fp32", "i32", block, False) for block in _BLOCKS]
-    forms += [("fp32", "fp32", "i64", _BLOCKS[-1], extra) for extra in (True, False)]
-    forms += [(name, "fp32", "i32", block, False) for name in ("bf16", "fp16") for block in _BLOCKS]
-    forms += [("bf16", "fp32", "i32", block, True) for block in _BLOCKS]
-    for name, weights, order, block, extra in forms:
+    forms = [(name, name, "i32", block, True, "") for name in ("bf16", "fp32") for block in _BLOCKS]
+    forms += [("fp32", "fp32", "i32", block, False, "") for block in _BLOCKS]
+    forms += [("fp32", "fp32", "i64", _BLOCKS[-1], extra, "") for extra in (True, False)]
+    forms += [(name, "fp32", "i32", block, False, "") for name in ("bf16", "fp16") for block in _BLOCKS]
+    forms += [("bf16", "fp32", "i32", block, True, "") for block in _BLOCKS]
+    compact = [form for form in FORMS if form]
+    forms += [
+        ("bf16", FORMS[form][0], "i32", block, extra, form)
+        for form in compact for block in _BLOCKS for extra in (False, True)
+    ]  # fmt: skip
+    for name, weights, order, block, extra, form in forms:
+        halves = weights == "i16"
+        low = pointers("i16", "low_enc", "low_dec") if halves else dict.fromkeys(("low_enc_ptr", "low_dec_ptr"), ABSENT)
         yield Configuration(
             _step_kernel,
-            f"sae_adam.step[{name},{weights},{order},{block[0]}{'+extra' if extra else ''}]",
+            f"sae_adam.step[{name},{form or weights},{order},{block[0]}{'+extra' if extra else ''}]",
             {
                 **pointers(name, "e", "x", "values"),
                 **pointers(weights, "w_enc", "w_dec"),
-                **pointers("fp32", "scale", "b_dec", *states, *sums),
+                **low,
+                **pointers(FORMS[form][1], "m_enc", "v_enc", "m_dec", "v_dec"),
+                **pointers("fp32", "scale", "b_dec", "b_enc", "m_b", "v_b", *sums),
                 **pointers("i64", "offsets", "ends", "position"),
                 **pointers(order, "order"),
-                **integers("k", "d", "n_latents", "programs", "segment"),
+                **integers("k", "d", "n_latents", "programs", "segment", "salt_enc", "salt_dec"),
                 **dict.fromkeys(scalars, "fp32"),
             },
             block_tiles(
-                _block(block[0], name != weights and not extra), HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True
+                _block(block[0], weights == "fp32" != name and not form, halves, extra),
+                HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True,
             ),
             ("k", "d"),
-            variant=order == "i64" or (name == weights) != extra,
-        )
+            variant=bool(form) or order == "i64" or (name == weights) != extra,
+        )  # fmt: skip

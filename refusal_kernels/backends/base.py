@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compact
+
+_CHUNK = 1 << 20  # elements of a chunk of adam_compact_rows
+
 
 class BackendError(RuntimeError):
     """An explicitly requested back-end cannot run the operator; the message lists every back-end with its reasons."""
@@ -41,6 +45,8 @@ class Backend:
     takes_heads: frozenset[str] = frozenset()
     # Whether sae_backward_adam takes 16-bit activations beside fp32 weights, as a step under autocast has them.
     fuses_mixed_precision: bool = False
+    # Whether it takes bf16 moments and master weights in halves, by low_W_enc, low_W_dec and salts behind the others.
+    fuses_compact_state: bool = False
 
     def unavailable_reason(self) -> str | None:
         """Why this back-end cannot run anything in this process, or None."""
@@ -88,6 +94,31 @@ class Backend:
             torch._foreach_add_(parameters, moved)
 
         return run
+
+    def adam_compact_rows(self, W: Tensor, low: Tensor | None, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> None:
+        """`adam_rows` on state in fewer bytes (refusal_kernels.compact); `rest` is its own, then `salt`.
+
+        m and v [F, d] may be bf16: they are then rounded stochastically, with the lower 16 bits of an element's random
+        word and the upper 16. With `low` [F, d] int16, W is bf16 and the pair is the fp32 master weights in halves.
+        Here by way of chunks of rows in fp32.
+        """
+        adam_rows = self.primitive("adam_rows")
+        assert adam_rows is not None, f"{self.name} has no adam_rows, which not_supported_reasons says first"
+        *arguments, salt = rest
+        rows = max(1, _CHUNK // W.shape[-1])
+        for first in range(0, W.shape[0], rows):
+            part = slice(first, first + rows)
+            w = W[part] if low is None else compact.join(W[part], low[part])
+            moments = [t[part].to(w.dtype) for t in (m, v)]
+            adam_rows(w, g[part].to(w.dtype), *moments, *arguments)
+            if low is not None:
+                W[part], low[part] = compact.split(w)
+            bits = compact.random_bits(w.numel(), first * W.shape[-1], salt, W.device).view(w.shape)
+            for stored, wide, own in zip((m, v), moments, (bits & 0xFFFF, bits >> 16), strict=True):
+                if stored.dtype == torch.bfloat16:
+                    stored[part] = compact.to_bfloat16(wide, own)
+                elif stored.dtype != wide.dtype:
+                    stored[part] = wide
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         """Every reason why `op` cannot run here for `request`; empty when it can."""

@@ -26,6 +26,7 @@ _MODULES = {
     "sae_backward": "backward",
     "sae_backward_adam": "sae_adam",
     "adam_rows": "adam",
+    "adam_compact_rows": "adam",
     "project_out": "projection",
     "project_out_grouped": "projection",
 }
@@ -60,6 +61,7 @@ class TritonBackend(Backend):
     name = "triton"
     device_types = ("cuda",)
     fuses_mixed_precision = True
+    fuses_compact_state = True
     takes_heads = frozenset(_MODULES) - {"project_out", "project_out_grouped"}
 
     def unavailable_reason(self) -> str | None:
@@ -72,6 +74,9 @@ class TritonBackend(Backend):
         if name not in _MODULES:
             raise AttributeError(f"the triton back-end has no primitive {name!r}")
         return _primitive(name)
+
+    def adam_compact_rows(self, *arguments: Any) -> None:
+        _primitive("adam_compact_rows")(*arguments)
 
     def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
         module = importlib.import_module("refusal_kernels.triton_kernels.projection")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compact
 from ..backends import BACKENDS, Backend, Request, requested_backend, select
 from ..checks import check_encoder, check_not_negative, check_number, check_separate_memory, check_shape, describe
 
@@ -45,17 +46,27 @@ class SAEAdam(torch.optim.Optimizer):
     without a gradient is left alone, normalisation included, as torch.optim.Adam leaves it. State per parameter is
     torch.optim.Adam's (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints of either load into the other. Learning-rate
     schedulers, copy.deepcopy and pickle work as with any optimizer; `state_dict()` holds lr, betas, eps and the
-    moments, and the other options are those of the optimizer that loads it.
+    state, and the other options are those of the optimizer that loads it, which converts the state to its own form.
+
+    State in fewer bytes, of W_enc and W_dec (`refusal_kernels.compact`): with `moment_dtype=torch.bfloat16` their
+    moments take 4 bytes a weight instead of 8, rounded stochastically, from the step's number alone, so that a run can
+    be repeated and resumed bit for bit. With `split_master=True` the weights are bf16 tensors, ready for the matrix
+    products, and the state holds the 16 bits that make fp32 master weights of them (`low`, int16): the steps are those
+    of fp32 weights under bf16 autocast, in 4 bytes a weight instead of 6 with the copy that autocast makes. Both: 8
+    bytes a weight and 16 moved per step, instead of 14 and 26.
 
     Args:
         W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; or with a head axis [H, F, d], [H, F], [H, d]; all
             of one dtype (fp32, or fp64 on the reference and CPU; 16 bits work, with moments of 16 bits too: keep fp32
-            master weights and autocast instead), no two in the same memory (tied weights). They are the only group:
-            `add_param_group` raises.
+            master weights and autocast, or `split_master`), or biases of fp32 beside weights of 16 bits; no two in the
+            same memory (tied weights). They are the only group: `add_param_group` raises.
         lr, betas, eps: as in torch.optim.Adam.
         unit_norm_decoder: divide every decoder row by its norm after the update (rows of norm 0 stay 0).
         remove_parallel_grad: take the part of a decoder row's gradient that lies along the row out of it.
         max_grad_norm: clip the global gradient norm (of all four tensors, after parallel removal) to this, or None.
+        moment_dtype: torch.float32 or torch.bfloat16 for the moments of W_enc and W_dec, beside fp32 or split weights;
+            None: the parameter's, or fp32 for split ones.
+        split_master: W_enc and W_dec, which must be bf16, are halves of fp32 master weights.
         backend: as in the operators.
 
     Raises:
@@ -77,6 +88,8 @@ class SAEAdam(torch.optim.Optimizer):
         remove_parallel_grad: bool = True,
         max_grad_norm: float | None = None,
         *,
+        moment_dtype: torch.dtype | None = None,
+        split_master: bool = False,
         backend: str | None = None,
     ) -> None:
         check_sae_parameters("SAEAdam", W_enc, b_enc, W_dec, b_dec)
@@ -85,7 +98,10 @@ class SAEAdam(torch.optim.Optimizer):
         check_not_negative("SAEAdam", "eps", eps)
         if max_grad_norm is not None:
             check_number("SAEAdam", "max_grad_norm", max_grad_norm, "a number greater than 0, or None", lambda v: v > 0)
+        check_compact("SAEAdam", W_enc.dtype, moment_dtype, split_master)
         requested_backend(backend)
+        self.moment_dtype = moment_dtype
+        self.split_master = split_master
         self.unit_norm_decoder = unit_norm_decoder
         self.remove_parallel_grad = remove_parallel_grad
         self.max_grad_norm = max_grad_norm
@@ -95,7 +111,9 @@ class SAEAdam(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer's own keeps its three attributes alone. The gradient buffers are scratch.
-        options = ("unit_norm_decoder", "remove_parallel_grad", "max_grad_norm", "backend")
+        options = (
+            "unit_norm_decoder", "remove_parallel_grad", "max_grad_norm", "backend", "moment_dtype", "split_master",
+        )  # fmt: skip
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in options},
@@ -116,14 +134,61 @@ class SAEAdam(torch.optim.Optimizer):
         """(W_enc, b_enc, W_dec, b_dec)."""
         return tuple(self.param_groups[0]["params"])  # type: ignore[return-value]
 
+    @property
+    def compact(self) -> bool:
+        """Whether the state of W_enc and W_dec is in a form that `adam_rows` does not take."""
+        return self.split_master or self.moment_dtype == torch.bfloat16
+
+    def _form(self, parameter: Tensor) -> dict[str, torch.dtype]:
+        """The tensors of a parameter's state, and their dtypes."""
+        wide = torch.float32 if self.compact else parameter.dtype
+        of_weights = parameter is self.parameters[0] or parameter is self.parameters[2]
+        moment = (self.moment_dtype or wide) if of_weights else wide
+        low = {"low": torch.int16} if of_weights and self.split_master else {}
+        return {"exp_avg": moment, "exp_avg_sq": moment, **low}
+
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """(exp_avg, exp_avg_sq) of a parameter, made as zeros on first use."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            for name, dtype in self._form(parameter).items():
+                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
         return state["exp_avg"], state["exp_avg_sq"]
+
+    def low(self, parameter: Tensor) -> Tensor | None:
+        """The lower halves of a weight's master weights, int16 in its shape; None where weights are not split."""
+        self.moments(parameter)
+        return self.state[parameter].get("low")
+
+    def salt(self, parameter: Tensor) -> int:
+        """What the stochastic rounding of a weight's moments in the step that was counted last begins with."""
+        number = next(i for i, p in enumerate(self.parameters) if p is parameter)
+        return compact.salt_of(int(self.state[parameter]["step"]), number)
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """A parameter in full precision: fp32 of split weights, else the parameter itself, detached."""
+        low = self.low(parameter)
+        return parameter.detach() if low is None else compact.join(parameter.detach(), low)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned, of this optimizer or of torch.optim.Adam, converting it to this optimizer's
+        form: moments rounded to nearest, lower halves zero where there were none."""
+        super().load_state_dict(state_dict)
+        # Optimizer's own casts every tensor to the parameter's dtype: what it was given is looked at once more.
+        for key, parameter in zip(state_dict["param_groups"][0]["params"], self.parameters, strict=True):
+            given, state = state_dict["state"].get(key), self.state.get(parameter)
+            if not given or not state:
+                continue
+            for name, dtype in self._form(parameter).items():
+                like: dict[str, Any] = {"dtype": dtype, "device": parameter.device}
+                if name in given:
+                    state[name] = given[name].detach().to(**like, copy=True).contiguous()
+                else:
+                    state[name] = torch.zeros(parameter.shape, **like)
+            if "low" not in self._form(parameter):
+                state.pop("low", None)
 
     def gradient_buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Zeroed tensors of the shapes of W_enc and W_dec, the same ones at every step: fresh ones would be paid for in
@@ -201,7 +266,7 @@ class SAEAdam(torch.optim.Optimizer):
             return None
         squares = torch.stack(torch._foreach_norm(present)).square().sum()
         if self.remove_parallel_grad and (dW_dec := gradients[2]) is not None:
-            W_dec = self.parameters[2].to(dW_dec.dtype)  # gradients of 16-bit parameters may come in fp32
+            W_dec = self.master(self.parameters[2]).to(dW_dec.dtype)  # 16-bit weights' gradients may come in fp32
             along = torch.einsum("...d,...d->...", dW_dec, W_dec)
             squared_norm = torch.einsum("...d,...d->...", W_dec, W_dec)
             squares -= torch.where(squared_norm > 0, along.square() / squared_norm, 0).sum()
@@ -227,8 +292,17 @@ class SAEAdam(torch.optim.Optimizer):
     ) -> None:
         m, v = self.moments(W)
         target = W if W.is_contiguous() else W.contiguous()
-        rows = (t.view(-1, W.shape[-1]) for t in (target, g.to(W.dtype).contiguous(), m, v))
-        chosen.adam_rows(*rows, *step.arguments(), factor, remove_parallel, unit_norm)  # type: ignore[attr-defined]
+        d = W.shape[-1]
+        options = (*step.arguments(), factor, remove_parallel, unit_norm)
+        if self.compact:
+            low = self.low(W)
+            g = g.to(W.dtype if low is None else torch.float32).contiguous()
+            low_rows = None if low is None else low.view(-1, d)
+            rows = [t.view(-1, d) for t in (g, m, v)]
+            chosen.adam_compact_rows(target.view(-1, d), low_rows, *rows, *options, self.salt(W))
+        else:
+            rows = [t.view(-1, d) for t in (target, g.to(W.dtype).contiguous(), m, v)]
+            chosen.adam_rows(*rows, *options)  # type: ignore[attr-defined]
         if target is not W:
             W.copy_(target)
 
@@ -246,6 +320,22 @@ def check_betas(op: str, betas: Any) -> None:
         check_number(op, "betas", beta, expected, lambda v: 0 <= v < 1)
 
 
+def check_compact(op: str, weights: torch.dtype, moment_dtype: Any, split_master: Any) -> None:
+    """The forms of state in fewer bytes, and what they need."""
+    if not isinstance(split_master, bool):
+        raise TypeError(f"{op}: split_master must be True or False; got {describe(split_master)}")
+    if split_master and weights != torch.bfloat16:
+        raise ValueError(f"{op}: split_master needs W_enc and W_dec of torch.bfloat16; got {weights}")
+    if moment_dtype is None:
+        return
+    if moment_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{op}: moment_dtype must be torch.float32, torch.bfloat16 or None; got {moment_dtype!r}")
+    if weights != torch.float32 and not split_master:
+        raise ValueError(
+            f"{op}: moment_dtype needs W_enc and W_dec of torch.float32, or split_master=True; got {weights}"
+        )
+
+
 def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any) -> tuple[int, int]:
     """The four tensors of a sparse autoencoder fit together; returns (F, d)."""
     if not isinstance(W_dec, Tensor):
@@ -256,10 +346,15 @@ def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any
     heads = W_enc.dim() == 3
     check_shape(op, "W_dec", W_dec, tuple(W_enc.shape), "[H, F, d]" if heads else "[F, d]")
     for name, tensor in (("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
-        if tensor.dtype != W_enc.dtype:
+        if tensor.dtype != W_enc.dtype and not (name != "W_dec" and _beside(tensor.dtype, W_enc.dtype)):
             raise ValueError(f"{op}: {name} must have the dtype of W_enc, {W_enc.dtype}; got {tensor.dtype}")
     for name, tensor in zip(PARAMETERS, (W_enc, b_enc, W_dec, b_dec), strict=True):
         if not tensor.is_leaf:
             raise ValueError(f"{op}: {name} must be a leaf tensor (a parameter); got the result of an operation")
     check_separate_memory(op, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
     return n_latents, d
+
+
+def _beside(bias: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether biases of a dtype of their own are taken: fp32 beside weights of 16 bits."""
+    return bias == torch.float32 and weights in (torch.bfloat16, torch.float16)

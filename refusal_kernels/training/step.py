@@ -73,8 +73,9 @@ def sae_step(
         x: [..., d], or [H, ..., d], activations, N >= 1 rows (per head), because the mean over an empty batch is not
             defined (the operators themselves take one); no gradient is computed for it. Any float dtype: promoted to
             the weights', or under autocast computed in the autocast dtype with fp32 sums and gradients.
-        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]; or [H, F, d], [H, F], [H, d]: leaf tensors of one dtype, no two in
-            the same memory (for tied weights take the plain route); at least one must require a gradient.
+        W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]; or [H, F, d], [H, F], [H, d]: leaf tensors of one dtype, or biases
+            of fp32 beside weights of 16 bits; no two in the same memory (for tied weights take the plain route); at
+            least one must require a gradient.
         k: latents per token.
         dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no
             cost.
@@ -264,6 +265,7 @@ class _Step:
             and optimizer.max_grad_norm is None
             and all(p.requires_grad for p in self.parameters)
             and optimizer.in_step
+            and (self.backend.fuses_compact_state or not optimizer.compact)
             and all(w.dtype in dtypes and w.is_contiguous() for w in weights)
         )
 
@@ -276,6 +278,10 @@ class _Step:
         extra: tuple[Tensor | None, ...] = (None, None, None, None)
         if aux is not None:
             extra = (self.dead, aux.dW_enc, aux.db_enc, aux.dW_dec)
+        compact: tuple[Any, ...] = ()
+        if optimizer.compact:
+            weights = self.parameters[::2]
+            compact = (*(optimizer.low(p) for p in weights), tuple(optimizer.salt(p) for p in weights))
         through_encoder = self._primitive(
             "sae_backward_adam",
             e,
@@ -292,5 +298,6 @@ class _Step:
             optimizer.remove_parallel_grad,
             optimizer.unit_norm_decoder,
             *extra,
+            *compact,
         )
         optimizer.update_vector(self.parameters[3], self._b_dec_gradient(e, through_encoder), step)

@@ -84,7 +84,7 @@ def test_adam_steps_far_rows(programs_from: Callable[[int], None]) -> None:
         expected = stepped(w[FAR], g[FAR])
         programs_from(FAR)
         tiles = Tiles({"PARALLEL": False, "UNIT": False, "BLOCK_D": block}, 4)
-        kernel[(1,)](w, g, m, v, torch.ones(()), D, *ADAM.values(), **tiles.options())
+        kernel[(1,)](w, None, g, m, v, torch.ones(()), D, 0, *ADAM.values(), **tiles.options())
         torch.testing.assert_close(w[FAR], expected)
         torch.testing.assert_close(m[FAR], 0.1 * g[FAR])
 
@@ -130,13 +130,14 @@ def test_the_fused_step_moves_far_latents(programs_from: Callable[[int], None]) 
     expected = stepped(w_dec[FAR], e[FAR]), stepped(w_enc[FAR], dv * x[FAR])
     # `through` has a row per program, and this is program FAR of ROWS: the launcher takes 1024.
     through = reserved(ROWS, D)
-    tiles = latents.block_tiles(sae_adam._block(D, False), HAS_BIAS=False, EXTRA=False, PARALLEL=False, UNIT=False)
+    block = sae_adam._block(D, False, False, False)
+    tiles = latents.block_tiles(block, HAS_BIAS=False, EXTRA=False, PARALLEL=False, UNIT=False)
     programs_from(FAR)
     sae_adam._step_kernel[(1,)](
         e, x, values, torch.tensor([FAR], dtype=torch.int32), offsets, ends, torch.tensor(2.0), None,
-        *(weights[n] for n in ("w_enc", "m_enc", "v_enc")), *biases.values(),
-        *(weights[n] for n in ("w_dec", "m_dec", "v_dec")), None, None, None, None, None, None, None, through,
-        1, D, ROWS, ROWS, 256, *ADAM.values(), **tiles.options(),
+        w_enc, None, *(weights[n] for n in ("m_enc", "v_enc")), *biases.values(),
+        w_dec, None, *(weights[n] for n in ("m_dec", "v_dec")), None, None, None, None, None, None, None, through,
+        1, D, ROWS, ROWS, 256, 0, 0, *ADAM.values(), **tiles.options(),
     )  # fmt: skip
     torch.testing.assert_close(w_dec[FAR], expected[0])
     torch.testing.assert_close(w_enc[FAR], expected[1], rtol=1e-4, atol=1e-4)
