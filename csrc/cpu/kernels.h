@@ -137,6 +137,21 @@ struct AdamRowsArgs {
   bool remove_parallel, unit_norm;
 };
 
+// The same on state in fewer bytes (refusal_kernels/compact.py).
+struct CompactAdamArgs {
+  float* W;                  // [rows, d] in place, or null: then in halves
+  BF16* high;                // [rows, d] fp32 master weights rounded to bf16, half-way cases away from zero, and
+  int16_t* low;              // the words by which they differ
+  const float* g;
+  float *m, *v;              // [rows, d], or null: then in bf16, rounded stochastically
+  BF16 *m16, *v16;
+  int64_t rows, d;
+  float grad_scale;
+  AdamScalars<float> adam;
+  bool remove_parallel, unit_norm;
+  uint32_t salt;
+};
+
 enum class Element { kCompute, kBFloat16, kHalf };  // what a tensor of compute type T holds: T itself, or less
 
 // A dimension of a tensor that is not projected.
@@ -174,26 +189,27 @@ struct EncodeCounts {
 };
 inline EncodeCounts encode_counts;
 
-#define RK_DECLARE_KERNELS(ISA)                                  \
-  namespace ISA {                                                \
-  template <class R>                                             \
-  void topk_encode(const EncodeArgs<R>&, const Threads&);        \
-  template <class R>                                             \
-  void csr_encode(const CsrEncodeArgs<R>&, const Threads&);      \
-  template <class R, class I>                                    \
-  void sparse_decode(const DecodeArgs<R, I>&, const Threads&);   \
-  template <class R, class I>                                    \
-  void row_dots(const DotArgs<R, I>&, const Threads&);           \
-  template <class R>                                             \
-  void weight_grad(const WeightGradArgs<R>&, const Threads&);    \
-  template <class R>                                             \
-  void sae_backward(const SaeGradArgs<R>&, const Threads&);      \
-  template <class R>                                             \
-  void sae_backward_adam(const SaeAdamArgs<R>&, const Threads&); \
-  template <class R>                                             \
-  void adam_rows(const AdamRowsArgs<R>&, const Threads&);        \
-  template <class T>                                             \
-  void project_out(const ProjectionArgs<T>&, const Threads&);    \
+#define RK_DECLARE_KERNELS(ISA)                                   \
+  namespace ISA {                                                 \
+  template <class R>                                              \
+  void topk_encode(const EncodeArgs<R>&, const Threads&);         \
+  template <class R>                                              \
+  void csr_encode(const CsrEncodeArgs<R>&, const Threads&);       \
+  template <class R, class I>                                     \
+  void sparse_decode(const DecodeArgs<R, I>&, const Threads&);    \
+  template <class R, class I>                                     \
+  void row_dots(const DotArgs<R, I>&, const Threads&);            \
+  template <class R>                                              \
+  void weight_grad(const WeightGradArgs<R>&, const Threads&);     \
+  template <class R>                                              \
+  void sae_backward(const SaeGradArgs<R>&, const Threads&);       \
+  template <class R>                                              \
+  void sae_backward_adam(const SaeAdamArgs<R>&, const Threads&);  \
+  template <class R>                                              \
+  void adam_rows(const AdamRowsArgs<R>&, const Threads&);         \
+  void adam_compact_rows(const CompactAdamArgs&, const Threads&); \
+  template <class T>                                              \
+  void project_out(const ProjectionArgs<T>&, const Threads&);     \
   }
 
 RK_DECLARE_KERNELS(baseline)

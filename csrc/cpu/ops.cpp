@@ -70,6 +70,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(refusal_kernels_cpu, m) {
       "adam_rows(Tensor(a!) W, Tensor g, Tensor(b!) m, Tensor(c!) v, float lr, float beta1, float beta2, float eps, "
       "float bias_correction1, float bias_correction2, Tensor? grad_scale, bool remove_parallel, bool unit_norm) -> "
       "()");
+  m.def(
+      "adam_compact_rows(Tensor(a!) W, Tensor(b!)? low, Tensor g, Tensor(c!) m, Tensor(d!) v, float lr, float beta1, "
+      "float beta2, float eps, float bias_correction1, float bias_correction2, Tensor? grad_scale, "
+      "bool remove_parallel, bool unit_norm, int salt) -> ()");
   m.def("project_out(Tensor g, int dim, Tensor basis, float strength, Tensor? against=None) -> Tensor");
   m.def(
       "project_out_grouped(Tensor(a!)[] tensors, int[] dims, Tensor[] bases, int[] basis_of, Tensor[] against, "

@@ -163,6 +163,18 @@ Tensor sae_backward_adam(
   return result;
 }
 
+// The number in grad_scale; 1 where there is none.
+double factor_of(const char* op, const MaybeTensor& grad_scale) {
+  double factor = 1;
+  if (grad_scale.has_value()) {
+    STD_TORCH_CHECK(grad_scale->numel() == 1, op, ": grad_scale must be one number; got shape ", shape_of(*grad_scale));
+    with_scalar_type(op, grad_scale->scalar_type(), [&](auto type) {
+      factor = static_cast<double>(*in<typename decltype(type)::type>(*grad_scale));
+    });
+  }
+  return factor;
+}
+
 void adam_rows(
     const Tensor& W, const Tensor& g, const Tensor& m, const Tensor& v, double lr, double beta1, double beta2,
     double eps, double bias_correction1, double bias_correction2, const MaybeTensor& grad_scale, bool remove_parallel,
@@ -182,13 +194,7 @@ void adam_rows(
       check(op, name, tensor, dtype, {d});
     }
   }
-  double factor = 1;
-  if (grad_scale.has_value()) {
-    STD_TORCH_CHECK(grad_scale->numel() == 1, op, ": grad_scale must be one number; got shape ", shape_of(*grad_scale));
-    with_scalar_type(op, grad_scale->scalar_type(), [&](auto type) {
-      factor = static_cast<double>(*in<typename decltype(type)::type>(*grad_scale));
-    });
-  }
+  const double factor = factor_of(op, grad_scale);
   with_row_type(op, dtype, [&](auto type) {
     using R = typename decltype(type)::type;
     using T = Compute<R>;
@@ -207,6 +213,42 @@ void adam_rows(
   });
 }
 
+void adam_compact_rows(
+    const Tensor& W, const MaybeTensor& low, const Tensor& g, const Tensor& m, const Tensor& v, double lr, double beta1,
+    double beta2, double eps, double bias_correction1, double bias_correction2, const MaybeTensor& grad_scale,
+    bool remove_parallel, bool unit_norm, int64_t salt) {
+  const char* op = "adam_compact_rows";
+  check_matrix(op, "W", W);
+  const int64_t rows = W.size(0);
+  const int64_t d = W.size(1);
+  const bool halves = low.has_value();
+  const bool narrow = m.scalar_type() == ScalarType::BFloat16;
+  const ScalarType moments = narrow ? ScalarType::BFloat16 : ScalarType::Float;
+  check(op, "W", W, halves ? ScalarType::BFloat16 : ScalarType::Float, {rows, d});
+  check(op, "low", low, ScalarType::Short, {rows, d});
+  check(op, "g", g, ScalarType::Float, {rows, d});
+  check(op, "m", m, moments, {rows, d});
+  check(op, "v", v, moments, {rows, d});
+  STD_TORCH_CHECK(salt >= 0 && salt <= kMost, op, ": salt must be in [0, 2^32); got ", salt);
+  const CompactAdamArgs args{
+      halves ? nullptr : out<float>(W),
+      halves ? out<BF16>(W) : nullptr,
+      out<int16_t>(low),
+      in<float>(g),
+      narrow ? nullptr : out<float>(m),
+      narrow ? nullptr : out<float>(v),
+      narrow ? out<BF16>(m) : nullptr,
+      narrow ? out<BF16>(v) : nullptr,
+      rows,
+      d,
+      static_cast<float>(factor_of(op, grad_scale)),
+      adam_scalars<float>(lr, beta1, beta2, eps, bias_correction1, bias_correction2),
+      remove_parallel,
+      unit_norm,
+      static_cast<uint32_t>(salt)};
+  RK_RUN(adam_compact_rows, args);
+}
+
 }  // namespace
 }  // namespace rk
 
@@ -214,4 +256,5 @@ STABLE_TORCH_LIBRARY_IMPL(refusal_kernels_cpu, CPU, m) {
   m.impl("sae_backward", TORCH_BOX(&rk::sae_backward));
   m.impl("sae_backward_adam", TORCH_BOX(&rk::sae_backward_adam));
   m.impl("adam_rows", TORCH_BOX(&rk::adam_rows));
+  m.impl("adam_compact_rows", TORCH_BOX(&rk::adam_compact_rows));
 }

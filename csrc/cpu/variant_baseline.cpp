@@ -27,6 +27,7 @@
 #include "csr_encode.h"
 #include "sparse_decode.h"
 #include "adam.h"
+#include "compact_adam.h"
 #include "backward.h"
 #include "projection.h"
 #include "instantiate.h"

@@ -25,6 +25,7 @@ _PRIMITIVES = (
     "sae_backward",
     "sae_backward_adam",
     "adam_rows",
+    "adam_compact_rows",
     "project_out",
     "project_out_grouped",
     "project_out_table",
@@ -53,6 +54,9 @@ class CpuBackend(Backend):
         *tensors, strength = arguments
         table = self.project_out_table(*tensors)
         return functools.partial(self.project_out_by_table, table, strength)
+
+    def adam_compact_rows(self, *arguments: Any) -> None:
+        (self.primitive("adam_compact_rows") or super().adam_compact_rows)(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or (bound := self.primitive(name)) is None:
