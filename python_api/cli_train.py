@@ -133,6 +133,11 @@ def train_sae(
         help="float32 or bfloat16, of the model and its activations; the SAE's weights are fp32 always.",
         rich_help_panel=_TRAINING,
     ),
+    moments: str = typer.Option(
+        _DEFAULT.moments,
+        help="float32 or bfloat16 (half the memory), of Adam's moments of the SAE's matrices.",
+        rich_help_panel=_TRAINING,
+    ),
     device: Device = _DEFAULT.device,
     backend: str = typer.Option(
         None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import read_json
 from .sae import TopKSAE, all_finite
-from .train_config import TrainConfig
+from .train_config import DTYPES, TrainConfig
 
 CHECKPOINT_FORMAT_VERSION = 1
 HEADER_FILE = "training.json"
@@ -72,7 +72,7 @@ def read_saes(config: TrainConfig, folder: Path, layers: list[int], device: torc
     return saes
 
 
-def read_state(folder: Path, saes: Mapping[int, TopKSAE]) -> dict[str, Any]:
+def read_state(config: TrainConfig, folder: Path, saes: Mapping[int, TopKSAE]) -> dict[str, Any]:
     """state.pt of a checkpoint, on the CPU, fit for these SAEs; ValueError names the file and what is wrong in it."""
     path = folder / STATE_FILE
     try:
@@ -82,7 +82,7 @@ def read_state(folder: Path, saes: Mapping[int, TopKSAE]) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything; torch's text advises to load it with code
         why = " ".join(str(error).split()).partition(". ")[0][:120]
         raise ValueError(f"{path} is damaged or no trainer's state: {type(error).__name__}: {why}") from error
-    problem = next(_state_problems(state, saes), None)
+    problem = next(_state_problems(config, state, saes), None)
     if problem is not None:
         raise ValueError(f"{path}: {problem}")
     return state
@@ -92,7 +92,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _state_problems(state: Any, saes: Mapping[int, TopKSAE]) -> Iterator[str]:
+def _state_problems(config: TrainConfig, state: Any, saes: Mapping[int, TopKSAE]) -> Iterator[str]:
     layers = set(saes)
     if not isinstance(state, dict):
         yield f"must hold a dict; got {type(state).__name__}"
@@ -110,7 +110,7 @@ def _state_problems(state: Any, saes: Mapping[int, TopKSAE]) -> Iterator[str]:
     random = torch.get_rng_state()
     yield from _tensor_problems("torch_rng", state.get("torch_rng"), random.dtype, tuple(random.shape))
     for layer, sae in saes.items():
-        yield from _optimizer_problems(f"optimizers[{layer}]", state["optimizers"][layer], sae)
+        yield from _optimizer_problems(config, f"optimizers[{layer}]", state["optimizers"][layer], sae)
         yield from _dead_problems(f"dead[{layer}]", state["dead"][layer], sae.config.n_latents)
         # Not its values: the FVU of a batch of equal rows is no number, and training goes on all the same.
         sums = state["sums"][layer]
@@ -118,7 +118,7 @@ def _state_problems(state: Any, saes: Mapping[int, TopKSAE]) -> Iterator[str]:
     yield from _first_problems(state.get("first"), saes)
 
 
-def _optimizer_problems(name: str, state: Any, sae: TopKSAE) -> Iterator[str]:
+def _optimizer_problems(config: TrainConfig, name: str, state: Any, sae: TopKSAE) -> Iterator[str]:
     moments = state.get("state") if isinstance(state, dict) else None
     if not isinstance(moments, dict) or set(moments) != set(range(len(PARAMETERS))):
         yield f"{name} must hold Adam's state of {', '.join(PARAMETERS)}; got {_short(state)}"
@@ -130,10 +130,9 @@ def _optimizer_problems(name: str, state: Any, sae: TopKSAE) -> Iterator[str]:
             yield f"{where} must hold step, exp_avg and exp_avg_sq; got {_short(own)}"
             return
         yield from _tensor_problems(f"{where}: step", own["step"], torch.float32, (), least=0)
-        yield from _tensor_problems(f"{where}: exp_avg", own["exp_avg"], weight.dtype, tuple(weight.shape))
-        yield from _tensor_problems(
-            f"{where}: exp_avg_sq", own["exp_avg_sq"], weight.dtype, tuple(weight.shape), least=0
-        )
+        dtype, shape = DTYPES[config.moments] if weight.dim() == 2 else weight.dtype, tuple(weight.shape)
+        yield from _tensor_problems(f"{where}: exp_avg", own["exp_avg"], dtype, shape)
+        yield from _tensor_problems(f"{where}: exp_avg_sq", own["exp_avg_sq"], dtype, shape, least=0)
 
 
 def _dead_problems(name: str, state: Any, n_latents: int) -> Iterator[str]:

@@ -236,8 +236,8 @@ def describe_run(config: TrainConfig, model: nn.Module, d_in: dict[int, int]) ->
     widths = sorted({(d, config.n_latents(d)) for d in d_in.values()})
     itemsize = DTYPES[config.dtype].itemsize
     buffer = (config.buffer_tokens or 8 * config.batch_tokens) * sum(d_in.values()) * itemsize
-    matrices = 6 if config.max_grad_norm is None else 8
-    weights = sum(matrices * config.n_latents(d) * d * 4 for d in d_in.values())
+    matrix = 4 + 2 * DTYPES[config.moments].itemsize + (0 if config.max_grad_norm is None else 4)  # bytes a weight
+    weights = sum(2 * matrix * config.n_latents(d) * d for d in d_in.values())
     return [
         f"model {config.model} ({kind}, {config.dtype}), z of layer {layers}: "
         + "; ".join(f"d_in {d}, {f:,} latents, k {config.k}, lr {config.peak_lr(f):.2g}" for d, f in widths),

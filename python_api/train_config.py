@@ -63,8 +63,10 @@ class TrainConfig:
             without firing make a latent dead. Gao et al., A.2: 1/32, about d/2, 10M.
         max_grad_norm: clip the gradient of each SAE to this global norm; None turns it off. Clipping needs the whole
             gradient before the first weight may move, so the optimiser is then not fused into the backward pass.
-        dtype: of the model and the activations. The SAE's weights and optimiser state are always fp32; with bfloat16 on
-            a GPU the matrix products run in bf16 under autocast.
+        dtype: of the model and the activations. The SAE's weights are always fp32; with bfloat16 on a GPU the matrix
+            products run in bf16 under autocast.
+        moments: float32 or bfloat16, of Adam's moments of the SAE's two matrices. In bfloat16 they are rounded
+            stochastically (refusal_kernels.compact) and take half.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  backend: of the operators; None chooses.
         seed: of initialisation, document order and shuffling.
 
@@ -74,7 +76,7 @@ class TrainConfig:
         trackers: names for accelerate ("tensorboard", "wandb", ...).
 
     Memory of a run: the model; 6 x F x d_in x 4 bytes per layer for the SAE and Adam's two moments (8 x with clipping,
-    which holds the gradient); the buffer as above.
+    which holds the gradient; 4 x and 6 x with moments in bfloat16); the buffer as above.
     """
 
     model: str = "builtin"
@@ -108,6 +110,7 @@ class TrainConfig:
     dead_after_tokens: int = 10_000_000
     max_grad_norm: float | None = None
     dtype: str = "float32"
+    moments: str = "float32"
     device: str = "auto"
     backend: str | None = None
     seed: int = 0
@@ -167,7 +170,8 @@ class TrainConfig:
         self._require("eps", self.eps > 0, "be positive")
         self._require("aux_alpha", self.aux_alpha >= 0, "be at least 0")
         self._require("max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "be positive, or None")
-        self._require("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}")
+        for name in ("dtype", "moments"):
+            self._require(name, getattr(self, name) in DTYPES, f"be one of {', '.join(DTYPES)}")
 
     def _require(self, name: str, holds: bool, expectation: str) -> None:
         if not holds:

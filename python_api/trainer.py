@@ -42,7 +42,7 @@ from .resume import (
     read_state,
 )
 from .sae import TopKSAE, TopKSAEConfig, all_finite
-from .train_config import TrainConfig
+from .train_config import DTYPES, TrainConfig
 from .train_log import LOG_FILE, TrainLog
 
 __all__ = ["ActivationSource", "DataEnded", "SAETrainer", "TrainConfig", "TrainingDiverged", "TrainingInterrupted"]
@@ -138,6 +138,7 @@ class SAETrainer:
             betas=config.betas,
             eps=config.eps,
             max_grad_norm=config.max_grad_norm,
+            moment_dtype=DTYPES[config.moments],
             backend=config.backend,
         )
         self._check_backend(sae)
@@ -364,7 +365,7 @@ class SAETrainer:
         """
         header = check_resumable(self.config, folder)
         saes = read_saes(self.config, folder, header["layers"], self.device)
-        state = read_state(folder, saes)
+        state = read_state(self.config, folder, saes)
         for layer, sae in saes.items():
             self._add_layer(layer, sae)
             # Adam's settings are those of the config, which check_resumable has compared; the file's are not read.

@@ -171,6 +171,22 @@ def test_clipping_reaches_the_optimiser(tmp_path: Path) -> None:
     assert moments(1e-3) < 1e-3  # an average of gradients of at most that norm
 
 
+def test_moments_in_bf16_reach_the_optimiser_and_its_checkpoint(tmp_path: Path) -> None:
+    config = settings(tmp_path, tokens=4 * BATCH, moments="bfloat16", checkpoint_every=2, layers=[0])
+    whole = train(config)
+    state = whole.optimizers[0].state[whole.saes[0].W_dec]
+    assert {state[name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+    folder = CheckpointFolder(tmp_path / "checkpoints").latest()
+    assert folder is not None
+    resumed = SAETrainer(config, Superposition(), progress=False).load_checkpoint(folder)
+    again = resumed.optimizers[0].state[resumed.saes[0].W_dec]
+    assert torch.equal(state["exp_avg_sq"], again["exp_avg_sq"])
+    with pytest.raises(ValueError, match=r"moments is 'float32' \(the run has 'bfloat16'\)"):
+        SAETrainer(settings(tmp_path, tokens=4 * BATCH, layers=[0]), Superposition()).load_checkpoint(folder)
+    with pytest.raises(ValueError, match="moments must be one of float32, bfloat16; got 'int8'"):
+        settings(tmp_path, moments="int8")
+
+
 def test_bf16_activations_train_fp32_weights(tmp_path: Path) -> None:
     class Rounded(Superposition):
         def __iter__(self) -> Iterator[dict[int, torch.Tensor]]:
