@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import experiment, machine, premises, projection, results
+from . import experiment, machine, premises, projection, results, status
 from .gpu import table as gpu_table
 from .plot import draw
 from .shapes import COLUMNS, GROUPS, SHAPES, Shape
@@ -156,6 +156,7 @@ def readme() -> None:
         results.update_readme(shown={"experiment": experiment.block(experiment.committed())})
         results.update_readme(shown={"gpu": gpu_table.block(gpu_table.newest())})
         results.update_readme(shown={"premises": premises.block(premises.newest())})
+        results.update_readme(shown={"kernels": status.block()})
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

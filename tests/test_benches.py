@@ -24,7 +24,18 @@ import refusal_kernels as rk
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import experiment, harness, memory, model, premises, projected_adam, projection, results, torch_paths  # noqa: E402
+from benches import (  # noqa: E402
+    experiment,
+    harness,
+    memory,
+    model,
+    premises,
+    projected_adam,
+    projection,
+    results,
+    status,
+    torch_paths,
+)
 from benches.columns import TOLERANCE, Case, Column  # noqa: E402
 from benches.gpu import table as gpu_table  # noqa: E402
 from benches.problem import Problem  # noqa: E402
@@ -368,6 +379,7 @@ def test_committed_results_are_complete() -> None:
         ("projection", lambda: projection.block(projection.newest())),
         ("gpu", lambda: gpu_table.block(gpu_table.newest())),
         ("premises", lambda: premises.block(premises.newest())),
+        ("kernels", lambda: status.block()),
     ],
 )
 def test_readme_shows_the_committed_results(name: str, shown: Callable[[], str]) -> None:

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import kernels, torch_paths  # noqa: E402
+from benches import kernels, status, torch_paths  # noqa: E402
 from benches.gpu import model, peers, stages, table, values  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
@@ -136,6 +136,9 @@ def test_predictions_follow_from_what_the_device_was_measured_to_do() -> None:
     assert model.predicted("encode, ours", CANONICAL, device) == pytest.approx(encode)
     moved = sum(f(CANONICAL) for f in (model.decode_bytes, model.transpose_bytes, model.fused_optimizer_bytes))
     assert model.predicted("step, ours", CANONICAL, device) == pytest.approx(encode + moved / 4000e9 * 1e3)
+    saved = 2 * 2**29 * (26 - 16) / 4000e9 * 1e3
+    compact = model.predicted("step, ours compact", CANONICAL, device)
+    assert compact == pytest.approx(encode + moved / 4000e9 * 1e3 - saved)
     assert model.predicted("step, dense", CANONICAL, device) is None
 
 
@@ -173,6 +176,42 @@ def test_the_committed_kernel_table_has_every_configuration() -> None:
     }, missing
     assert "stack" not in written[written.index("## Triton") :]
     assert set(kernels.IN_A_STEP) <= labels
+
+
+def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: Path) -> None:
+    def run(date: str, own: str, stages: dict[str, Any]) -> dict[str, Any]:
+        return {"machine": {"gpu": "GPU"}, "date": date, "kernels": {"decode": own, "adam.row": own}, "stages": stages}
+
+    values = {"values": {"status": "ok", "result": {"passed": 9}}}
+    failed = {"values": {"status": "failed: exit 1", "result": {"passed": 9, "failed": 1}}}
+    measured = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "ms": 1.0}]}}
+    broken = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "error": "OutOfMemory"}]}}
+    assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", values)]) == "run on GPU, 2026-01-02"
+    assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", measured)]) == "run on GPU, 2026-01-02"
+    assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", measured)]) == "not yet run on a GPU"
+    for bad in (failed, broken):
+        assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", bad)]) == "not yet run on a GPU"
+    changed = status.on_a_gpu("decode", "b", [run("2026-01-03", "c", values), run("2026-01-02", "a", values)])
+    assert changed == "not yet run on a GPU in this form; an earlier one on GPU, 2026-01-03"
+    both = [run("2026-01-03", "c", values), run("2026-01-02", "b", values)]
+    assert status.on_a_gpu("decode", "b", both) == "run on GPU, 2026-01-02"
+
+
+def test_fingerprints_see_code_and_nothing_else(tmp_path: Path) -> None:
+    for name, code, said, changed in (
+        ("a.py", 'x = "# no"\n', '"""Said."""\n# More.\nx =   "# no"  # and\n', 'x = "# yes"\n'),
+        ("a.cu", "int x = 1;\n", "// Said.\nint  x /* so */ = 1;  // and\n", "int x = 2;\n"),
+    ):
+        prints = []
+        for text in (code, said, changed):
+            (tmp_path / name).write_text(text)
+            prints.append(status.fingerprint((tmp_path / name,)))
+        assert prints[0] == prints[1] != prints[2]
+
+
+def test_every_cuda_kernel_is_found() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    assert len(status.cuda_sources()) == text.count("__global__")
 
 
 def test_the_kernel_table_shows_what_the_compilers_report() -> None:

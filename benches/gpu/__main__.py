@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import machine
+from .. import machine, status
 from .stages import run, stages
 from .table import KEPT, table
 
@@ -39,6 +39,7 @@ def main(
         "machine": machine.describe_machine("cuda"),
         "versions": machine.describe_versions(),
         "commit": commit or machine.describe_commit(),
+        "kernels": status.fingerprints(),
         "stages": {},
     }
     for stage in stages(quick):

@@ -21,6 +21,8 @@ ENTRY = WIDE + 8  # of an entry of the transposed codes under sort: an int32 lat
 SORT_PASSES = 4  # of a radix sort over the bits of F, each reading and writing
 # Of a weight in the optimiser: p, m, v read and written in fp32, and the bf16 copy that the products read, written.
 ADAM_BYTES = 6 * WIDE + ROW
+# The same with master weights in halves, of which one is what the products read, and bf16 moments.
+COMPACT_ADAM_BYTES = 2 * 4 * ROW
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,14 @@ def backward_bytes(s: Shape) -> int:
     return gradient_gather_bytes(s) + 2 * s.f * s.d * WIDE
 
 
-def fused_optimizer_bytes(s: Shape) -> int:
+def fused_optimizer_bytes(s: Shape, adam_bytes: int = ADAM_BYTES) -> int:
     """The gathers, and Adam on the rows while they are in registers: no gradient is written."""
-    return gradient_gather_bytes(s) + 2 * s.f * s.d * ADAM_BYTES
+    return gradient_gather_bytes(s) + 2 * s.f * s.d * adam_bytes
+
+
+def step_ms(s: Shape, at: Device, adam_bytes: int) -> float:
+    moved = decode_bytes(s) + transpose_bytes(s) + fused_optimizer_bytes(s, adam_bytes)
+    return PREDICTIONS["encode, ours"](s, at) + at.move(moved)
 
 
 PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
@@ -90,9 +97,8 @@ PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
     "decode + residual, ours": lambda s, at: at.move(decode_bytes(s)),
     "transpose, ours": lambda s, at: at.move(transpose_bytes(s)),
     "backward, ours": lambda s, at: at.move(transpose_bytes(s) + backward_bytes(s)),
-    "step, ours": lambda s, at: (
-        PREDICTIONS["encode, ours"](s, at) + at.move(decode_bytes(s) + transpose_bytes(s) + fused_optimizer_bytes(s))
-    ),
+    "step, ours": lambda s, at: step_ms(s, at, ADAM_BYTES),
+    "step, ours compact": lambda s, at: step_ms(s, at, COMPACT_ADAM_BYTES),
 }
 
 

@@ -129,8 +129,13 @@ def test_a_training_step_hands_the_state_to_the_one_kernel(monkeypatch, form):
     triton = BACKENDS["triton"]
     monkeypatch.setattr(triton, "topk_encode", reference.topk_encode, raising=False)
     monkeypatch.setattr(triton, "decode_residual", reference.decode_residual, raising=False)
-    fused, calls = triton.sae_backward_adam, []
-    monkeypatch.setattr(triton, "sae_backward_adam", lambda *a: calls.append(a) or fused(*a), raising=False)
+    fused, calls = sae_adam.sae_backward_adam, []
+
+    def step(*arguments):
+        calls.append(arguments)
+        return fused(*arguments)
+
+    monkeypatch.setattr(triton, "sae_backward_adam", step, raising=False)
     rows = torch.float16 if form == "moments" else torch.bfloat16
     weights = torch.float32 if form == "moments" else torch.bfloat16
     start = [torch.randn(12, 6).to(weights), torch.randn(12), torch.randn(12, 6).to(weights), torch.randn(6)]
