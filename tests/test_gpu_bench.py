@@ -78,15 +78,30 @@ def test_counts_of_a_whole_and_of_a_cut_log() -> None:
 def test_a_stage_that_takes_too_long_keeps_what_it_said_and_costs_no_other(tmp_path: Path) -> None:
     endless = "import time; print('{\"ms\": 1}', flush=True); time.sleep(600)"
     found = stages.run(
-        stages.Stage("Endless, one", [sys.executable, "-c", endless], 3, stages.json_lines), tmp_path, 60
+        stages.Stage("Endless, one", [sys.executable, "-c", endless], 3, 1, stages.json_lines), tmp_path, 60
     )
     assert found["status"] == "stopped after 3 s"
     assert found["result"] == [{"ms": 1}]
     assert (tmp_path / "endless-one.log").read_text() == '{"ms": 1}\n'
-    broken = stages.Stage("broken", [sys.executable, "-c", "raise SystemExit(3)"], 30, stages.last_json)
+    broken = stages.Stage("broken", [sys.executable, "-c", "raise SystemExit(3)"], 30, 1, stages.last_json)
     assert stages.run(broken, tmp_path, 60) | {"seconds": 0} == {
         "seconds": 0, "status": "failed: exit 3", "result": None,
     }  # fmt: skip
+
+
+def test_no_stage_takes_the_time_of_a_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "architecture", lambda: "9.0a")
+    everything = stages.stages(quick=False)
+    assert sum(stage.share for stage in everything) <= 8 * 60
+    left = 8 * 60.0  # and every stage takes all it is given
+    for i, stage in enumerate(everything):
+        seconds = stages.allowed(stage, everything[i + 1 :], left)
+        assert stage.share <= seconds <= stage.limit
+        left -= seconds
+    assert left >= 0
+    first, last = everything[0], everything[-1]
+    assert stages.allowed(last, [], 8 * 60) == last.limit
+    assert stages.allowed(first, everything[1:], 5.0) == 5.0
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -160,6 +175,24 @@ def test_the_tables_show_the_prediction_beside_the_measurement() -> None:
     del result["stages"]["limits"]
     assert "predicted" not in table.table(result)
     assert table.against_roofline(result) == []
+
+
+def test_the_block_shows_heads_and_the_language_model() -> None:
+    result: dict[str, Any] = {"stages": {
+        "heads": {"result": [{"name": "step, all heads", "ms": 12.34, "shape": "2 x 6,16,64,3"}]},
+        "end to end": {"result": [
+            {"name": "SAE step, ours", "ms": 2.0, "rate": 12345.6, "unit": "tokens/s"},
+            {"name": "projection", "ms": 0.5, "percent_of_step": 0.31},
+            {"name": "lost", "error": "out of memory"},
+        ]},
+    }}  # fmt: skip
+    shown = "\n".join(table.beside_the_shapes(result))
+    assert "| one autoencoder per head, 2 x 6,16,64,3 | ms | |" in shown
+    assert "| step, all heads | 12.3 |  |" in shown
+    assert "| SAE step, ours | 2 | 12,346 tokens/s |" in shown
+    assert "| projection | 0.5 | 0.31 % of the step |" in shown
+    assert "lost" not in shown
+    assert table.beside_the_shapes({"stages": {}}) == []
 
 
 def test_the_committed_kernel_table_has_every_configuration() -> None:

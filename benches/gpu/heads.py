@@ -2,7 +2,8 @@
 
 Columns: encode of all heads and of one by the grouped and by the chunked path (triton_kernels/encode.py chooses by a
 prediction where there are heads and by the measured one where there are none; this decides both), and the training step
-of all heads in one call beside a loop of single steps. Predictions for an H200: encode 0.6 to 0.7 ms per head grouped
+of all heads in one call beside a loop of single steps and one of dense eager steps, the contestant that the target of
+4x is set against. Predictions for an H200: encode 0.6 to 0.7 ms per head grouped
 and 2.45 chunked. The paths are compared first: the share of entries with the same latent, on all rows.
 """
 
@@ -18,17 +19,19 @@ from torch import Tensor
 import refusal_kernels as rk
 from refusal_kernels.triton_kernels import encode
 
+from .. import torch_paths
 from ..problem import LR, Problem
 from ..shapes import Shape
+from . import peers
 from .clock import attempt, measure
 
 PATHS = ("grouped", "chunked")
 
 
-def inputs(shape: Shape, heads: int) -> tuple[Tensor, list[Tensor]]:
+def inputs(shape: Shape, heads: int, device: str) -> tuple[Tensor, list[Tensor]]:
     """x [H, N, d] bf16 and fp32 parameters with a head axis: one problem, its latents in another order in each head."""
-    problem = Problem(shape, "cuda", distinct=False)
-    orders = [torch.randperm(shape.f, device="cuda") for _ in range(heads)]
+    problem = Problem(shape, device, distinct=False)
+    orders = [torch.randperm(shape.f, device=device) for _ in range(heads)]
     W_enc, b_enc, W_dec, b_dec = problem.parameters
     by_latent = [torch.stack([t[order] for order in orders]) for t in (W_enc, b_enc, W_dec)]
     x = problem.x.to(torch.bfloat16).expand(heads, -1, -1).contiguous()
@@ -39,11 +42,12 @@ def main(
     shape: Annotated[str, typer.Option(help="N,d,F,k of one head.")] = "65536,128,4096,32",
     heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each column at most.")] = 7,
+    device: Annotated[str, typer.Option(help="cuda, or cpu under Triton's interpreter, to see that it runs.")] = "cuda",
 ) -> None:
     """Prints one JSON object per line and measurement."""
     sizes = Shape.parse(shape)
     k = sizes.k
-    x, parameters = inputs(sizes, heads)
+    x, parameters = inputs(sizes, heads, device)
     W_enc, b_enc, _, b_dec = parameters
     we = W_enc.to(torch.bfloat16)
 
@@ -66,11 +70,11 @@ def main(
             attempt(lambda p=path, a=everything: measure(lambda: encode.topk_encode(*a, path=p), rounds)),
         )
 
-    def step_of(leaves: list[Tensor], rows: Tensor) -> Any:
-        optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False)
+    def step_of(leaves: list[Tensor], rows: Tensor, **state: Any) -> Any:
+        optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False, **state)
 
         def call() -> None:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16):
                 rk.sae_step(rows, *leaves, k, optimizer=optimizer, backend="triton")
 
         return call
@@ -78,12 +82,23 @@ def main(
     def together() -> dict[str, Any]:
         return measure(step_of([p.clone().requires_grad_() for p in parameters], x), rounds)
 
-    def loop() -> dict[str, Any]:
-        calls = [step_of([p[h].clone().requires_grad_() for p in parameters], x[h]) for h in range(heads)]
+    def compact() -> dict[str, Any]:
+        wide = [p.clone() for p in parameters]
+        wide[0], wide[2] = wide[0].to(torch.bfloat16), wide[2].to(torch.bfloat16)
+        leaves = [p.requires_grad_() for p in wide]
+        return measure(step_of(leaves, x, split_master=True, moment_dtype=torch.bfloat16), rounds)
+
+    def loop(step: Any) -> dict[str, Any]:
+        calls = [step([p[h].clone().requires_grad_() for p in parameters], x[h]) for h in range(heads)]
         return measure(lambda: [call() for call in calls], rounds)
 
+    def dense(leaves: list[Tensor], rows: Tensor) -> Any:
+        return peers.autograd_step(torch_paths.dense_loss, rows, leaves, k)
+
     tell("step, all heads", attempt(together))
-    tell("step, loop over heads", attempt(loop))
+    tell("step, all heads compact", attempt(compact))
+    tell("step, loop over heads", attempt(lambda: loop(step_of)))
+    tell("step, dense loop over heads", attempt(lambda: loop(dense)))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 bf16 autocast, fp32 parameters and moments. Columns: dense (PyTorch eager), compile (the same compiled), sparse (topk,
 embedding_bag, index_add_), ours (`sae_step`, the optimiser inside; a second time with state in 8 bytes a weight, master
 weights in halves and bf16 moments), and the product x W_enc^T alone, the floor of any exact encoder without lower
-precision. What is timed is compared first: the encoder with a stable sort of fp32
-pre-activations on sampled rows, the losses of all steps with each other.
+precision. What is timed is compared first: the encoder with a stable sort of fp32 pre-activations on sampled rows, the
+losses of all steps with each other.
+
+With TRITON_INTERPRET=1 and `--device cpu --shape 2,16,32,2` every column runs through without a GPU, in a minute, to
+see that it does; bf16 numbers mean nothing there.
 """
 
 from __future__ import annotations
@@ -44,9 +47,9 @@ def encode_agreement(problem: Problem, x: Tensor, values: Tensor, indices: Tenso
     return {"same_latents": hit.float().mean().item(), "value_error": off.max().item()}
 
 
-def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
+def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    problem = Problem(shape, "cuda", distinct=False)
+    problem = Problem(shape, device, distinct=False)
     n, d, f, k = shape
     x = problem.x.to(torch.bfloat16)
     results: dict[str, Any] = {}
@@ -59,7 +62,7 @@ def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
     if "parts" in columns:
         we, wd = problem.W_enc.to(torch.bfloat16), problem.W_dec.to(torch.bfloat16)
         rows = min(n, max(1, (4 << 30) // (2 * f)))
-        product = torch.empty(rows, f, dtype=torch.bfloat16, device="cuda")
+        product = torch.empty(rows, f, dtype=torch.bfloat16, device=device)
 
         def alone() -> None:
             for start in range(0, n, rows):
@@ -84,11 +87,12 @@ def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
         timed("decode, embedding_bag", lambda: torch.nn.functional.embedding_bag(
             indices, wd, mode="sum", per_sample_weights=values))  # fmt: skip
         timed("transpose, ours", lambda: transposed.csc_from_indices(indices, f, segment_length(n * k, d)))
-        gradients = [torch.zeros(f, d, device="cuda"), torch.zeros(f, device="cuda"), torch.zeros(f, d, device="cuda")]
+        gradients = [torch.zeros(f, d, device=device), torch.zeros(f, device=device), torch.zeros(f, d, device=device)]
         timed("backward, ours", lambda: backend.sae_backward(
             e, x, values, indices, we, wd, problem.b_dec, 2 / n, *gradients, accumulate=False))  # fmt: skip
         del gradients, values, indices, e, we, wd
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
     leaves = [p.detach().requires_grad_() for p in problem.parameters]
     initial = [p.detach().cpu() for p in leaves]
@@ -118,7 +122,7 @@ def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
         optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False, **state)
 
         def call() -> Tensor:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16):
                 return rk.sae_step(x, *leaves, k, optimizer=optimizer, backend="triton").loss
 
         return call
@@ -137,7 +141,7 @@ def bench(shape: Shape, columns: list[str], rounds: int) -> dict[str, Any]:
         for tensor in (*problem.parameters, *leaves):
             tensor.grad, tensor.data = None, tensor.new_empty(0)
         leaves.clear()
-        leaves.extend(p.to("cuda", torch.bfloat16 if p.dim() == 2 else p.dtype).requires_grad_() for p in initial)
+        leaves.extend(p.to(device, torch.bfloat16 if p.dim() == 2 else p.dtype).requires_grad_() for p in initial)
         step("step, ours compact", lambda: ours(split_master=True, moment_dtype=torch.bfloat16))
     return results
 
@@ -146,9 +150,10 @@ def main(
     shape: Annotated[str, typer.Option(help="N,d,F,k.")],
     columns: Annotated[str, typer.Option(help="Of parts, ours, sparse, dense, compile.")] = "parts ours sparse dense",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each column at most.")] = 7,
+    device: Annotated[str, typer.Option(help="cuda, or cpu under Triton's interpreter, to see that it runs.")] = "cuda",
 ) -> None:
     """Prints one JSON object per line and measurement."""
-    bench(Shape.parse(shape), columns.split(), rounds)
+    bench(Shape.parse(shape), columns.split(), rounds, device)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ class Stage:
 
     name: str
     command: Sequence[str]
-    limit: float  # seconds
+    limit: float  # seconds it may take at most
+    share: float  # seconds that the stages before it leave it
     read: Callable[[str], Any]
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -88,6 +89,7 @@ def sanitizers() -> list[Stage]:
             check,
             [tool, "--tool", check, "--error-exitcode", "1", "--target-processes", "application-only", *tests],
             90,
+            25,
             counts,
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
@@ -99,25 +101,31 @@ def stages(quick: bool) -> list[Stage]:
     """All of them, in the order in which they are worth their time."""
     build = {"RK_CUDA": "ON", "TORCH_CUDA_ARCH_LIST": architecture()}
     found = [
-        Stage("build", python("setup.py", "build_ext", "--inplace"), 240, nothing, build),
-        Stage("check", python("-m", "refusal_kernels.info", "--check", "--json"), 120, last_json),
-        Stage("values", python("-m", "benches.gpu.values"), 150, counts),
+        Stage("build", python("setup.py", "build_ext", "--inplace"), 240, 90, nothing, build),
+        Stage("check", python("-m", "refusal_kernels.info", "--check", "--json"), 120, 20, last_json),
+        Stage("values", python("-m", "benches.gpu.values"), 200, 80, counts),
     ]
     shapes = CANONICAL[:1] if quick else CANONICAL
     for shape in shapes:
         columns = "parts ours sparse dense" + (" compile" if shape == CANONICAL[0] and not quick else "")
         command = python("-m", "benches.gpu.sae", "--shape", shape, "--columns", columns)
-        found.append(Stage(f"sae {shape}", command, 90, json_lines))
+        found.append(Stage(f"sae {shape}", command, 90, 50 if shape == CANONICAL[0] else 20, json_lines))
         if shape == CANONICAL[0]:
             found += sanitizers()
     if not quick:
-        found.append(Stage("heads", python("-m", "benches.gpu.heads"), 60, json_lines))
+        found.append(Stage("heads", python("-m", "benches.gpu.heads"), 60, 15, json_lines))
     found += [
-        Stage("limits", python("-m", "benches.gpu.limits"), 60, json_lines),
-        Stage("projection", python("-m", "benches.gpu.projection"), 90, json_lines),
-        Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, json_lines),
+        Stage("limits", python("-m", "benches.gpu.limits"), 60, 10, json_lines),
+        Stage("projection", python("-m", "benches.gpu.projection"), 90, 20, json_lines),
+        Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, 25, json_lines),
     ]
     return found
+
+
+def allowed(stage: Stage, later: Sequence[Stage], left: float) -> float:
+    """Seconds for a stage where `left` are left for it and those after it: none may take what belongs to another."""
+    reserved = sum(other.share for other in later)
+    return min(stage.limit, max(left - reserved, min(stage.share, left)))
 
 
 def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:

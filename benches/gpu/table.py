@@ -96,6 +96,7 @@ def block(result: dict[str, Any]) -> str:
             shown.append(f"{found[key]['extra_mb'] / 1e3:.1f} GB" if key in ms else "–")
         lines.append(f"| {name.removeprefix('sae ').replace(',', ', ')} | " + " | ".join(shown) + " |")
     lines += against_roofline(result)
+    lines += beside_the_shapes(result)
     rows = (result["stages"].get("projection") or {}).get("result") or []
     if rows:
         lines += [
@@ -108,6 +109,23 @@ def block(result: dict[str, Any]) -> str:
         names = ("loop", "addmm", "ours", "ours, graph", "floor")
         lines.append(f"| {rank} | " + " | ".join(f"{ms[n]:.2f}" if n in ms else "–" for n in names) + " |")
     return "\n".join(lines)
+
+
+def beside_the_shapes(result: dict[str, Any]) -> list[str]:
+    """Tables of the stages whose rows stand for themselves: the batched heads, and the kernels in a language model."""
+    lines: list[str] = []
+    for stage, what in (("heads", "one autoencoder per head"), ("end to end", "in a Llama of 8B's widths")):
+        rows = [r for r in (result["stages"].get(stage) or {}).get("result") or [] if "ms" in r]
+        if not rows:
+            continue
+        shape = f", {rows[0]['shape']}" if "shape" in rows[0] else ""
+        lines += ["", f"| {what}{shape} | ms | |", "|---|---:|---:|"]
+        for entry in rows:
+            rate = f"{entry['rate']:,.0f} {entry['unit']}" if "rate" in entry else ""
+            if entry.get("percent_of_step") is not None:
+                rate = f"{entry['percent_of_step']:.2f} % of the step"
+            lines.append(f"| {entry['name']} | {entry['ms']:.3g} | {rate} |")
+    return lines
 
 
 def against_roofline(result: dict[str, Any]) -> list[str]:
