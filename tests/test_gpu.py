@@ -310,6 +310,43 @@ def test_adam(backend, device, d, max_grad_norm, plain):
         close(actual, exact, own, 3)
 
 
+@everywhere
+@pytest.mark.parametrize("d", [40, 3000, 5000])
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_state_in_fewer_bytes(backend, device, d, with_dead):
+    """Split weights take the steps of fp32 ones under autocast, and bf16 moments lie beside the fp32 ones: the kernels
+    that read and write them, fused and not."""
+    x, parameters, dead = sae(device, 300, d, 60, hot=4)
+    weights = [p.detach().to(torch.bfloat16) if p.dim() == 2 else p.detach() for p in parameters]
+    after = []
+    for split, moments in (
+        (False, torch.float32),
+        (True, torch.float32),
+        (False, torch.bfloat16),
+        (True, torch.bfloat16),
+    ):
+        leaves = [p.to(p.dtype if split else torch.float32, copy=True).requires_grad_() for p in weights]
+        # eps as above: where the gradient is all rounding, its sign is.
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, eps=1e-2, split_master=split, moment_dtype=moments, backend=backend)
+        for _ in range(2):
+            with torch.autocast(device, torch.bfloat16):
+                rk.sae_step(
+                    x.bfloat16(), *leaves, 5, dead=dead if with_dead else None, k_aux=4, optimizer=optimizer,
+                    backend=backend,
+                )  # fmt: skip
+        for leaf in leaves:
+            leaf.grad = leaf.detach() / 16
+        optimizer.step()
+        ran(backend, "sae_step", "sae_adam")
+        after.append(([optimizer.master(p) for p in leaves], [m for p in leaves for m in optimizer.moments(p)]))
+    for masters, moments in after[1:]:
+        for a, b in zip(masters, after[0][0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        for a, b in zip(moments, after[0][1], strict=True):
+            torch.testing.assert_close(a.float(), b, rtol=2**-5, atol=1e-3)
+    assert all(m.dtype == torch.bfloat16 for m in (*after[3][1][:2], *after[3][1][4:6]))
+
+
 # --- codes whose rows have different lengths ------------------------------------------------------------------------
 
 
