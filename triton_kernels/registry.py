@@ -12,6 +12,8 @@ from . import (
     encode,
     encode_csr,
     grouped_encode,
+    int8_rounding,
+    int8_screen,
     lora_projection,
     projected_adam,
     projection,
@@ -23,8 +25,8 @@ from .launch import Configuration
 def configurations() -> Iterator[Configuration]:
     """The configurations of every kernel file."""
     modules = (
-        encode, encode_csr, grouped_encode, decode, backward, backward_csr, adam, sae_adam, projection, lora_projection,
-        projected_adam,
+        encode, encode_csr, grouped_encode, int8_rounding, int8_screen, decode, backward, backward_csr, adam, sae_adam,
+        projection, lora_projection, projected_adam,
     )  # fmt: skip
     for module in modules:
         yield from module.configurations()
