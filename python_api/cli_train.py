@@ -141,7 +141,7 @@ def train_sae(
     device: Device = _DEFAULT.device,
     backend: str = typer.Option(
         None,
-        help="Kernels: reference, cpu, triton, cuda. (default: the best that runs)",
+        help="Kernels: reference, cpu, triton, cuda, triton-int8. (default: the best that runs)",
         rich_help_panel=_TRAINING,
         show_default=False,
     ),

@@ -101,7 +101,7 @@ def test_an_explicit_request_that_cannot_run_raises_with_every_reason(name):
         assert line in message
     assert device_reason is None or device_reason in message or "no CUDA device" in message
     with pytest.raises(
-        ValueError, match="use_backend: name must be one of reference, cpu, triton, cuda, auto; got 'x'"
+        ValueError, match="use_backend: name must be one of reference, cpu, triton, cuda, triton-int8, auto; got 'x'"
     ):
         rk.use_backend("x").__enter__()
 

@@ -561,7 +561,7 @@ GOOD_DECODE = {
         ({"W_enc": torch.randn(0, 4)}, r"W_enc must be a non-empty matrix \[F, d\]"),
         ({"b_enc": torch.randn(8)}, r"b_enc must have shape \[F\] = \(9,\); got \(8,\)"),
         ({"b_dec": torch.randn(9)}, r"b_dec must have shape \[d\] = \(4,\); got \(9,\)"),
-        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, cuda, auto; got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, cuda, triton-int8, auto; got 'gpu'"),
     ],
 )
 def test_both_encoders_name_what_is_wrong(change, message):

@@ -372,7 +372,7 @@ GOOD_DECODE = {
         ({"b_enc": torch.randn(8)}, r"b_enc must have shape \[F\] = \(9,\); got \(8,\)"),
         ({"b_dec": torch.randn(9)}, r"b_dec must have shape \[d\] = \(4,\); got \(9,\)"),
         ({"b_dec": torch.ones(4, dtype=torch.bool)}, "b_dec must have one of the dtypes"),
-        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, cuda, auto; got 'gpu'"),
+        ({"backend": "gpu"}, "backend must be one of reference, cpu, triton, cuda, triton-int8, auto; got 'gpu'"),
     ],
 )
 def test_encode_names_what_is_wrong(change, message):

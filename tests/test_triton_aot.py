@@ -28,6 +28,8 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
         encode,
         encode_csr,
         grouped_encode,
+        int8_rounding,
+        int8_screen,
         lora_projection,
         projected_adam,
         projection,
@@ -50,8 +52,8 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
     written = {
         name
         for module in (
-            encode, encode_csr, grouped_encode, decode, backward, backward_csr, adam, sae_adam, projection,
-            lora_projection, projected_adam,
+            encode, encode_csr, grouped_encode, int8_rounding, int8_screen, decode, backward, backward_csr, adam,
+            sae_adam, projection, lora_projection, projected_adam,
         )
         for name in vars(module)
         if name.endswith("_kernel")
@@ -70,10 +72,14 @@ def test_registers_and_shared_memory_fit(compiled):
 
 
 def test_gemm_runs_on_tensor_cores(compiled):
-    from refusal_kernels.triton_kernels.aot import MATRIX_INSTRUCTION
+    from refusal_kernels.triton_kernels.aot import INTEGER_INSTRUCTION, MATRIX_INSTRUCTION
     from refusal_kernels.triton_kernels.registry import configurations
 
     expected = {configuration.label for configuration in configurations() if configuration.tensor_cores}
+    integer = [k for k in compiled if k["label"] == "int8.product"]
+    assert len(integer) == len(CAPABILITIES)
+    assert all(k["matrix_instruction"] == INTEGER_INSTRUCTION[k["capability"]] for k in integer)
+    expected.remove("int8.product")
     gemms = [k for k in compiled if k["label"] in expected]
     assert len(gemms) == 2 * len(CAPABILITIES) + len(CAPABILITIES) + 1  # encode.gemm and encode.group, one a variant
     assert all(k["matrix_instruction"] == MATRIX_INSTRUCTION[k["capability"]] for k in gemms)

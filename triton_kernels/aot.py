@@ -30,6 +30,7 @@ VARIANT_CAPABILITY = 90  # where variants of a configuration are compiled
 # The most shared memory a program may ask for, in bytes (CUDA C programming guide, table of technical specifications).
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+INTEGER_INSTRUCTION = {80: "IMMA", 90: "IGMMA", 100: "UTCIMMA"}  # the same for int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,8 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
         usage = _cuobjdump("-res-usage", path)
         # Disassembling costs more than compiling, so only what asked for a matrix instruction is looked into.
         if re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx):
-            found = re.search(rf"\b{MATRIX_INSTRUCTION[capability]}\b", _cuobjdump("-sass", path))
+            known = f"{MATRIX_INSTRUCTION[capability]}|{INTEGER_INSTRUCTION[capability]}"
+            found = re.search(rf"\b({known})\b", _cuobjdump("-sass", path))
             instruction = found[0] if found else "other"
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if numbers is None:

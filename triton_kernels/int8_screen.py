@@ -3,50 +3,54 @@
     pre = (x - b_dec) W_enc^T + b_enc       accumulated in fp32
     values, indices = the first k of a stable descending sort of relu(pre)
 
-A pre-activation matters only if it is among its row's k best. Rows and latents are rounded to 8 bits (int8_rounding.py),
-whose products run at twice the rate of 16-bit ones, have no error (int32) and bound the true product. Only pairs whose
-bound says that they could be among the k best are computed from the operands as they came, and only these values are
-ranked and returned. csrc/cpu/screened_encode.h is the same idea on CPUs.
+A pre-activation matters only if it is among its row's k best. Rows and latents are rounded to 8 bits
+(int8_rounding.py), whose products run at twice the rate of 16-bit ones, have no error (int32) and bound the true
+product. Only pairs whose bound says that they could be among the k best are computed from the operands as they came,
+and only these values are ranked and returned.
 
 Bound. With s, norm, rest of a row and of a latent as int8_rounding.py defines them, by Cauchy-Schwarz,
 
     |<x - b_dec, w> - s_x s_w <q_x, q_w> / 128| <= rest_x norm_w + (norm_x + rest_x) rest_w
 
-x - b_dec is what fp32 makes of it, element by element, here and where a value is computed. A value is a sum in fp32 of d
-products, in chains of d / 128 and then of 128, plus the bias: within (d / 128 + 128) u norm_x norm_w + 2 u |b_enc| of its
-exact number, u = 2^-24. The screen's own arithmetic adds at most 21 u norm_x norm_w (five roundings of a
-product of norms + rests, and rest <= norm) and 2 u |b_enc|. So bound = (rest_x + noise norm_x) norm_w + (norm_x + rest_x)
-rest_w + 2^-21 |b_enc| with noise = (d / 128 + 192) u; its own rounding is in the 1.001 of norm and rest.
+x - b_dec is what fp32 makes of it, element by element, here and where a value is computed. A value is a sum in fp32 of
+d products, in chains of d / 128 and then of 128, plus the bias: within (d / 128 + 129) u norm_x norm_w + u |b_enc| of
+its exact number, u = 2^-24. The screen's own arithmetic adds at most 21 u norm_x norm_w (five roundings of a product of
+norms + rests, and rest <= norm) and 2 u |b_enc|. So
+
+    bound = (rest_x + noise norm_x) norm_w + (norm_x + rest_x) rest_w + 2^-21 |b_enc|,    noise = (d / 128 + 192) u
+
+and the rounding of the bound itself is in the 1.001 of norm and rest.
 
 How, for a block of rows and a chunk of latents whose integer products stay in the L2 cache:
 
-* `_screen_kernel`: one program per row appends to the row's list what has upper = s + bound >= the row's limit, upper > 0.
-  When the list is full, the limit rises to the k-th largest lower = s - bound in it: k latents have at least that. What
-  is below the limit leaves the list. If the list is full nevertheless, the row is given up.
-* The limit starts from a guess: k-th best values are a similar multiple of norm_x in all rows. The first `_SEEDS` rows
-  are encoded the ordinary way, the others start from a bit less than their smallest multiple. Nothing relies on the
-  guess: a row whose k-th value turns out to be below its start is given up. Without it the list would have to hold what
-  rows look like before their best latents are seen.
-* `_settle_kernel`: computes the listed latents of a row, the k with the largest upper first. Their k-th value is the first
-  limit, so it is only one bound, not two, that the others have to make up for. A row with fewer than k positives
-  gets zeros at the lowest unused latents, all of which are among latents 0 .. k - 1. Ties go to the lower latent.
-* Rows that were given up (and those with NaN, infinities or numbers above 2^50) go through encode.py as a whole. Their
-  number is read back by the host: the one synchronisation of a call, so it cannot be captured into a CUDA graph.
-* Latents with such numbers are listed in every row, and NaN orders above all.
+* `_screen_kernel`: one program per row appends to the row's list what has upper = product + bound >= the row's limit and
+  upper > 0. When the list is full, the limit rises to the k-th largest lower = product - bound in it (k latents have at
+  least that), and what is below the limit leaves the list. If there is no room even then, the row is given up.
+* The limit starts from a guess: k-th best values are a similar multiple of norm_x in all rows. The first rows are
+  encoded the ordinary way, the others start from a bit less than their smallest multiple. Nothing relies on it: a row
+  whose k-th value turns out to be below its start is given up. Without a guess the list would have to hold all that a
+  row's bounds cannot tell apart before its best latents have been seen.
+* `_settle_kernel`: computes the listed latents of a row, the k with the largest upper first. Their k-th value is the
+  first limit, so the others have one bound to make up for, not two. A row with fewer than k positives gets zeros at
+  the lowest unused latents, which are among latents 0 .. k - 1. Ties go to the lower latent.
+* Rows that were given up, and those with NaN, infinities or numbers near 2^50, go through encode.py as a whole. Their
+  number is read by the host: the one synchronisation of a call, so it cannot be captured into a CUDA graph.
+* Latents with such numbers are listed in every row. NaN orders above all.
 
-How many pairs are left depends on the bound against the spread of pre-activations: about sqrt(d) (rest_x / norm_x +
-rest_w / norm_w) standard deviations, 1.1 at d = 4096. Rows of random numbers leave 4 % of all latents and are given up;
-rows that are made of a few latents (a trained autoencoder's) leave 0.2 to 0.3 %.
+How many pairs are left depends on the bound against the spread of pre-activations: sqrt(d) (rest_x / norm_x + rest_w /
+norm_w) is 1.1 standard deviations at d = 4096. Rows of random numbers leave 4 % of all latents and are given up; rows
+that are made of a few latents, a trained autoencoder's, leave 0.2 to 0.3 % in simulation.
 
-Work: 2 N F d integer operations, N (k + what is left) d multiply-adds. Roofline prediction (N 32768, d 4096, F 131072, k
-64, bf16, H200): product 26 ms at 1400 Top/s, rounding 0.4 to 1, screen 2, 3.5 to 15 for 70 to 300 computed pairs per
-row: 32 to 36 ms in all at 70 to 128, and no gain over the ordinary 65.8 (measured) from about 500 on, or if a third
-of the rows is given up. The screen is bound by latency as the ordinary filter is, which took 8 ms more than predicted;
-so 40 to 45 ms is as likely. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a GPU.
+Work: 2 N F d integer operations, 2 N m d flop for m pairs left per row, whose rows of W_enc are gathered. Roofline
+prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): product 26 ms at 1400 Top/s, rounding 1, screen 2, settling
+3.5 at m = 70, 7 at 128, 15 at 300: 33 to 44 ms, where the ordinary encoder was measured at 65.8. The ordinary filter
+took about 10 ms more than its bytes, bound by latency as the screen is: 43 to 54 ms is as likely. No gain is left if m
+exceeds 500 or a third of the rows is given up. Compiled for sm_80/90/100, checked in the interpreter, not yet run on a
+GPU.
 
-Workspace: F d bytes of rounded latents, half of the L2 of products, at most 64 MB of lists and rounded rows.
+Workspace: F d bytes of rounded latents, products of half of the L2, at most 64 MB of lists and rounded rows.
 
-Source: the certificate is Cauchy-Schwarz on the rounding errors, as in the 8-bit screen of csrc/cpu/screen.h.
+Source: the certificate is Cauchy-Schwarz on the rounding errors, as in the 8-bit screen of CPUs (csrc/cpu/screen.h).
 """
 
 from __future__ import annotations
@@ -160,10 +164,13 @@ def _screen_kernel(
 @triton.jit(do_not_specialize=["top"])
 def _settle_kernel(
     x_ptr, w_ptr, b_dec_ptr, bias_ptr, x_facts_ptr, multiple_ptr, list_ptr, count_ptr, limit_ptr, found_ptr,
-    values_ptr, indices_ptr, again_ptr, rows, top, d, k,
+    values_ptr, indices_ptr, computed_ptr, rows, top, d, k,
     K: tl.constexpr, CAPACITY: tl.constexpr, FOUND: tl.constexpr,
 ):  # fmt: skip
-    """One program settles one row: values, indices [N, k][top + row] from its list; again [N] = 1 where it cannot."""
+    """One program settles one row: values, indices [N, k][top + row] from its list.
+
+    computed [N][top + row] is the number of products that were computed, or -1 where the row is given up.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (top + row) * d
     list_ptr += row * 3 * CAPACITY
@@ -172,7 +179,7 @@ def _settle_kernel(
     start, _ = _least_limit(multiple_ptr, tl.load(x_facts_ptr + rows + row))
     listed = tl.load(count_ptr + row)
     if listed > CAPACITY:
-        tl.store(again_ptr + top + row, 1)
+        tl.store(computed_ptr + top + row, -1)
     else:
         slot = tl.arange(0, CAPACITY)
         rank = tl.arange(0, K)
@@ -190,6 +197,7 @@ def _settle_kernel(
 
         place = tl.arange(0, FOUND)
         count = 0
+        computed = 0
         least = tl.full([], 0xFFFFFFFF, tl.int64)  # what is positive exceeds it
         first_turns = tl.cdiv(n_first, GROUP)
         turns = tl.cdiv(n_alive, GROUP)
@@ -208,8 +216,8 @@ def _settle_kernel(
                     value = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
                     tl.store(values_ptr + out, value.to(values_ptr.dtype.element_ty), mask=rank < k)
                     tl.store(indices_ptr + out, 0x7FFFFFFF - (best & 0x7FFFFFFF), mask=rank < k)
-                    if (start > 0.0) & ((kth >> 32).to(tl.int32) < _ordered(start)):
-                        tl.store(again_ptr + top + row, 1)
+                    below = (start > 0.0) & ((kth >> 32).to(tl.int32) < _ordered(start))
+                    tl.store(computed_ptr + top + row, tl.where(below, -1, computed))
                 else:
                     tl.store(found_ptr + rank, best, mask=rank < tl.minimum(count, k))
                     least = tl.maximum(least, kth)
@@ -224,7 +232,9 @@ def _settle_kernel(
             if filling:  # zeros, at latents that are not among the positives: fewer than k of 0 .. k - 1 are
                 latent = at - turns * GROUP
                 live = latent < tl.where((count < k) & (turn < turns + fillers), k, 0)
-            if tl.sum(live.to(tl.int32)) > 0:
+            wanted = tl.sum(live.to(tl.int32))
+            if wanted > 0:
+                computed += wanted
                 total = tl.zeros([GROUP, _BLOCK_D], dtype=tl.float32)
                 for begin in range(0, d, _BLOCK_D):
                     column = begin + tl.arange(0, _BLOCK_D)
@@ -301,10 +311,9 @@ def topk_encode(
     values = torch.empty(x.shape[0], k, dtype=x.dtype, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     if x.shape[0] > 0:
-        again = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
         with on_device(x):
-            screen(x, W_enc, b_enc, k, b_dec, values, indices, again, chunk, seeds)
-        left = again.nonzero()[:, 0]  # the host waits here
+            computed = screen(x, W_enc, b_enc, k, b_dec, values, indices, chunk, seeds)
+        left = (computed < 0).nonzero()[:, 0]  # the host waits here
         if left.numel() > 0:
             values[left], indices[left] = encode.topk_encode(x[left], W_enc, b_enc, k, b_dec)
     return values, indices
@@ -318,11 +327,11 @@ def screen(
     b_dec: Tensor | None,
     values: Tensor,
     indices: Tensor,
-    again: Tensor,
     chunk: tuple[int, int] | None = None,
     seeds: int | None = None,
-) -> None:
-    """`topk_encode` but for the rows that are given up: again [N] int32, zeros before, is 1 there."""
+) -> Tensor:
+    """`topk_encode` but for the rows that are given up. Returns [N] int32: how many products were computed for a row
+    (F for the seeds), or -1 where it was given up."""
     (n, d), n_latents, device = x.shape, W_enc.shape[0], x.device
     rows, columns = chunk or _chunk_shape(x, n_latents, k)
     if seeds is None:
@@ -347,7 +356,8 @@ def screen(
     screening, settling = _screen_tiles(largest), _settle_tiles(largest, found)
     sums = torch.empty(rows * triton.cdiv(columns, 8) * 8, dtype=torch.int32, device=device)
     lists = torch.empty(rows, 3, screening.constexprs["CAPACITY"], dtype=torch.int32, device=device)
-    computed = torch.empty(rows, found, dtype=torch.int64, device=device)
+    keys = torch.empty(rows, found, dtype=torch.int64, device=device)
+    computed = torch.full((n,), n_latents, dtype=torch.int32, device=device)
     count, limit = (torch.empty(rows, dtype=torch.int32, device=device) for _ in range(2))
     noise = (padded(d) // 128 + 192) * 2.0**-24
     for top in range(seeds, n, rows):
@@ -363,9 +373,10 @@ def screen(
                 r, c, width, first, n_latents, k, noise, **screening.options(),
             )  # fmt: skip
         _settle_kernel[(r,)](
-            x, W_enc, b_dec, b_enc, facts, multiple, lists, count, limit, computed, values, indices, again,
+            x, W_enc, b_dec, b_enc, facts, multiple, lists, count, limit, keys, values, indices, computed,
             r, top, d, k, **settling.options(),
         )  # fmt: skip
+    return computed
 
 
 def configurations() -> Iterator[Configuration]:
@@ -396,7 +407,7 @@ def configurations() -> Iterator[Configuration]:
                         "b_dec_ptr": "*fp32" if shifted else ABSENT,
                         **pointers("fp32", "bias"),
                         **pointers("i64", "found", "indices"),
-                        **pointers("i32", "again"),
+                        **pointers("i32", "computed"),
                         **integers("rows", "top", "d", "k"),
                     },
                     _settle_tiles(largest, found),

@@ -18,6 +18,7 @@ from typing import Any
 from .base import Backend, BackendError, Request
 from .cpu import CpuBackend
 from .cuda import CudaBackend
+from .int8 import Int8Backend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
@@ -37,10 +38,12 @@ __all__ = [
 
 ENVIRONMENT_VARIABLE = "REFUSAL_KERNELS_BACKEND"
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(), CpuBackend(), TritonBackend(), CudaBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (ReferenceBackend(), CpuBackend(), TritonBackend(), CudaBackend(), Int8Backend())
+}
 
-# What `auto` tries, best first. The CUDA C++ kernels are asked for by name only until a measurement on a GPU is
-# committed that shows them correct and faster.
+# What `auto` tries, best first. The CUDA C++ kernels and the 8-bit screen are asked for by name only until a
+# measurement on a GPU is committed that shows them correct and faster.
 PRIORITY: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 OTHER_DEVICES = ("reference",)
 
@@ -90,7 +93,8 @@ def _check_name(name: Any, source: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator of the block on one back-end: "reference", "cpu", "triton", "cuda", or "auto" to choose.
+    """Runs every operator of the block on one back-end: "reference", "cpu", "triton", "cuda", "triton-int8", or "auto"
+    to choose.
 
     Backward passes use the back-end their forward pass was given, also after the block. Local to the thread. Works
     inside and around functions under torch.compile, which compiles one graph per back-end asked for; an exported

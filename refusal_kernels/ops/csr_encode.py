@@ -56,7 +56,8 @@ def batch_topk_encode(
         b_enc: [F].
         k: 1 <= k <= F, an integer.
         b_dec: [d] or None, subtracted from x.
-        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
+        backend: "reference", "cpu", "triton", "cuda", "triton-int8", "auto", or None for the `use_backend` /
+            environment choice.
 
     Returns:
         values [nnz] in the (promoted) dtype of x and W_enc, latents [nnz] int64, ascending within a row, and offsets
@@ -112,7 +113,8 @@ def threshold_encode(
         threshold: a number that is not NaN, or a tensor [] or [F]; compared in fp32 (fp64 for fp64). A latent whose
             threshold in a tensor is NaN keeps nothing but NaN.
         b_dec: [d] or None, subtracted from x.
-        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
+        backend: "reference", "cpu", "triton", "cuda", "triton-int8", "auto", or None for the `use_backend` /
+            environment choice.
 
     Returns:
         values [nnz] in the (promoted) dtype of x and W_enc, latents [nnz] int64, ascending within a row, and offsets

@@ -40,7 +40,8 @@ def sparse_decode(
         W_dec: [F, d], one row per latent, or [H, F, d]. Mixed dtypes of values and W_dec are promoted; under autocast
             both take the autocast dtype.
         b_dec: [d], or [H, d], or None.
-        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
+        backend: "reference", "cpu", "triton", "cuda", "triton-int8", "auto", or None for the `use_backend` /
+            environment choice.
 
     Returns:
         x_hat [..., d], with a head axis [H, ..., d], in the (promoted) dtype of values and W_dec. Differentiable in

@@ -42,7 +42,8 @@ def sparse_decode_csr(
         W_dec: [F, d], one row per latent. Mixed dtypes of values and W_dec are promoted; under autocast both take the
             autocast dtype.
         b_dec: [d] or None.
-        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
+        backend: "reference", "cpu", "triton", "cuda", "triton-int8", "auto", or None for the `use_backend` /
+            environment choice.
 
     What latents and offsets hold is checked on the CPU; on a GPU, where a check would stop the stream, anything else
     than the above is undefined behaviour.

@@ -47,7 +47,8 @@ def topk_encode(
         b_enc: [F], or [H, F].
         k: 1 <= k <= F.
         b_dec: [d], or [H, d], or None, subtracted from x.
-        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
+        backend: "reference", "cpu", "triton", "cuda", "triton-int8", "auto", or None for the `use_backend` /
+            environment choice.
 
     Returns:
         values [..., k] in the (promoted) dtype of x and W_enc, and indices [..., k] int64, with a head axis [H, ..., k]
