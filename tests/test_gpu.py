@@ -1,7 +1,8 @@
 """The public operators on a GPU, and the same test functions on the CPU back-end: the tests are known to be right.
 
 Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part of every run of the suite) and, marked
-gpu, `triton` and `cuda` (CUDA tensors; the latter has topk_encode and sparse_decode only). Which of them has passed on
+gpu, `triton`, `cuda` (CUDA tensors; the latter has topk_encode and sparse_decode only) and, for topk_encode,
+`triton-int8`. Which of them has passed on
 which GPU is in benches/results/gpu; tests/triton has the kernels' tests in Triton's interpreter.
 
     make gpu                                   all of them in several processes, compute-sanitizer, benchmarks
@@ -24,12 +25,14 @@ from torch import Tensor
 
 import refusal_kernels as rk
 from refusal_kernels import reference
+from refusal_kernels.backends import int8
 from refusal_kernels.backends.cuda import FILTER_MOST_K
 
 CPU, TRITON = pytest.param("cpu", "cpu", id="cpu"), pytest.param("triton", "cuda", id="triton", marks=pytest.mark.gpu)
 CUDA = pytest.param("cuda", "cuda", id="cuda", marks=pytest.mark.gpu)
+INT8 = pytest.param("triton-int8", "cuda", id="triton-int8", marks=pytest.mark.gpu)
 everywhere = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON])
-encoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
+encoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA, INT8])
 decoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 every_index = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -83,8 +86,8 @@ ENCODER_SHAPES = [
 @every_dtype
 @pytest.mark.parametrize(("n", "d", "n_latents", "k"), ENCODER_SHAPES)
 def test_encode_is_exact_on_ties(backend, device, dtype, n, d, n_latents, k):
-    if backend == "cuda" and k > FILTER_MOST_K:
-        pytest.skip(f"the CUDA row filter takes k up to {FILTER_MOST_K}")
+    if k > {"cuda": FILTER_MOST_K, "triton-int8": int8.MOST_K}.get(backend, n_latents):
+        pytest.skip(f"{backend} does not take such a k")
     x, W, b, b_dec = integers(n, d, dtype=dtype), integers(n_latents, d, dtype=dtype), integers(n_latents), integers(d)
     inputs = [t.to(device) for t in (x, W, b, b_dec)]
     values, indices = rk.topk_encode(*inputs[:3], k, inputs[3], backend=backend)
@@ -151,7 +154,28 @@ def test_encode_and_its_gradients(backend, device, dtype, n, d, n_latents, k):
         close(leaf.grad, exact, own, 3)
 
 
-@everywhere
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize(("n", "n_latents"), [(1100, 20000), (600, 9001)])
+def test_the_8_bit_screen_takes_rows_made_of_latents(dtype, n, n_latents):
+    """Several chunks, the guess from the first rows, cuBLAS's integer product; the screen settles nearly all rows."""
+    from refusal_kernels.triton_kernels import int8_screen
+
+    d, k = 1024, 20
+    W = torch.nn.functional.normalize(torch.randn(n_latents, d), dim=1)
+    x = (W[torch.randint(0, n_latents, (n, k))] * (1 + torch.rand(n, k, 1))).sum(1) + 0.1 * torch.randn(n, d) / d**0.5
+    b, b_dec = torch.randn(n_latents) / 100, torch.randn(d) / 100
+    inputs = [t.to("cuda", u) for t, u in ((x + b_dec, dtype), (W, dtype), (b, torch.float32))]
+    values, indices = check_encode("triton-int8", *inputs, k, b_dec.cuda())
+    again = rk.topk_encode(*inputs, k, b_dec.cuda(), backend="triton-int8")
+    assert torch.equal(values, again[0])
+    assert torch.equal(indices, again[1])
+    computed = int8_screen.screen(*inputs, k, b_dec.cuda(), values, indices)
+    assert (computed >= 0).float().mean() > 0.8
+    assert computed[(computed >= 0) & (computed < n_latents)].float().mean() < 10 * k
+
+
+@encoders
 @every_dtype
 def test_encode_far_from_the_origin(backend, device, dtype):
     """b_dec a thousand times the signal, and latents that do not average out: the product may not cancel."""

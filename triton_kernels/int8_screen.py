@@ -23,7 +23,7 @@ and the rounding of the bound itself is in the 1.001 of norm and rest.
 
 How, for a block of rows and a chunk of latents whose integer products stay in the L2 cache:
 
-* `_screen_kernel`: one program per row appends to the row's list what has upper = product + bound >= the row's limit and
+* `_screen_kernel`: one program per row appends to its list what has upper = product + bound >= the row's limit and
   upper > 0. When the list is full, the limit rises to the k-th largest lower = product - bound in it (k latents have at
   least that), and what is below the limit leaves the list. If there is no room even then, the row is given up.
 * The limit starts from a guess: k-th best values are a similar multiple of norm_x in all rows. The first rows are
@@ -38,8 +38,9 @@ How, for a block of rows and a chunk of latents whose integer products stay in t
 * Latents with such numbers are listed in every row. NaN orders above all.
 
 How many pairs are left depends on the bound against the spread of pre-activations: sqrt(d) (rest_x / norm_x + rest_w /
-norm_w) is 1.1 standard deviations at d = 4096. Rows of random numbers leave 4 % of all latents and are given up; rows
-that are made of a few latents, a trained autoencoder's, leave 0.2 to 0.3 % in simulation.
+norm_w) is 1.1 standard deviations at d = 4096. Simulated there, with F 65536, k 64: rows that are sums of 64 to 200
+latents, a trained autoencoder's, leave 65 to 131 pairs with up to 10 % of noise and 530 with 20 %, and 0 to 6 % of them
+are given up; without the guess all are. Random rows leave 1600 and are given up.
 
 Work: 2 N F d integer operations, 2 N m d flop for m pairs left per row, whose rows of W_enc are gathered. Roofline
 prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): product 26 ms at 1400 Top/s, rounding 1, screen 2, settling

@@ -90,10 +90,24 @@ def step_ms(s: Shape, at: Device, adam_bytes: int) -> float:
     return PREDICTIONS["encode, ours"](s, at) + at.move(moved)
 
 
+INTEGER_RATE = 1400 / 790  # 8-bit products against 16-bit ones, H200
+LEFT = 2  # products that the 8-bit screen leaves per row, in units of k
+
+
+def screened_gather_bytes(s: Shape) -> int:
+    """A row of W_enc for every product that is computed again."""
+    return s.n * LEFT * s.k * s.d * ROW
+
+
 PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
     "product alone": lambda s, at: at.compute(product_flops(s)),
     "encode, ours": lambda s, at: at.compute(product_flops(s)) + filter_bytes(s) / at.cache_gbps / 1e6,
     "encode, cuda filter": lambda s, at: PREDICTIONS["encode, ours"](s, at),
+    "encode, int8 screen": lambda s, at: (
+        at.compute(product_flops(s)) / INTEGER_RATE
+        + filter_bytes(s) / at.cache_gbps / 1e6
+        + at.move(screened_gather_bytes(s))
+    ),
     "decode + residual, ours": lambda s, at: at.move(decode_bytes(s)),
     "transpose, ours": lambda s, at: at.move(transpose_bytes(s)),
     "backward, ours": lambda s, at: at.move(transpose_bytes(s) + backward_bytes(s)),

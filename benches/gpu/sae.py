@@ -22,6 +22,7 @@ from torch import Tensor
 import refusal_kernels as rk
 from refusal_kernels.backends import BACKENDS
 from refusal_kernels.triton_kernels import csc as transposed
+from refusal_kernels.triton_kernels import int8_screen
 from refusal_kernels.triton_kernels.backward import segment_length
 
 from .. import torch_paths
@@ -45,6 +46,17 @@ def encode_agreement(problem: Problem, x: Tensor, values: Tensor, indices: Tenso
     hit = (indices[rows, :, None] == wanted[:, None, :]).any(2)
     off = (values[rows].float() - pre.gather(1, indices[rows])).abs() / best.values[:, :1].clamp(min=1e-6)
     return {"same_latents": hit.float().mean().item(), "value_error": off.max().item()}
+
+
+def screened(problem: Problem, x: Tensor, W_enc: Tensor) -> dict[str, Any]:
+    """What the 8-bit screen left: products computed per row that it took, the share of rows that it gave up, and its
+    agreement as above."""
+    k = problem.shape.k
+    values, indices = rk.topk_encode(x, W_enc, problem.b_enc, k, problem.b_dec, backend="triton-int8")
+    agreement = encode_agreement(problem, x, values, indices)
+    computed = int8_screen.screen(x, W_enc, problem.b_enc, k, problem.b_dec, values, indices)
+    taken = computed[(computed >= 0) & (computed < problem.shape.f)].float()
+    return {"computed": taken.mean().item(), "given_up": (computed < 0).float().mean().item(), **agreement}
 
 
 def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -> dict[str, Any]:
@@ -78,6 +90,10 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
             timed("encode, torch", eager)
         timed("encode, ours", lambda: backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec))
         timed("encode, cuda filter", lambda: rk.topk_encode(x, we, problem.b_enc, k, problem.b_dec, backend="cuda"))
+        timed("encode, int8 screen", lambda: rk.topk_encode(
+            x, we, problem.b_enc, k, problem.b_dec, backend="triton-int8"))  # fmt: skip
+        results["screen"] = {"name": "encode, int8 screen, left", **attempt(lambda: screened(problem, x, we))}
+        print(json.dumps({"shape": str(shape), **results["screen"]}), flush=True)
         values, indices = backend.topk_encode(x, we, problem.b_enc, k, problem.b_dec)
         results["agreement"] = {"name": "encode, agreement", **encode_agreement(problem, x, values, indices)}
         print(json.dumps({"shape": str(shape), **results["agreement"]}), flush=True)
