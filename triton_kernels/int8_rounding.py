@@ -157,7 +157,7 @@ def product(x: Tensor, W: Tensor, out: Tensor) -> None:
 def configurations() -> Iterator[Configuration]:
     """Both kernels of this file as they ship."""
     for name in ("bf16", "fp16", "fp32"):
-        for shifted in (True, False):
+        for shifted in (True, False):  # rows, latents
             yield Configuration(
                 _round_kernel,
                 f"int8.round[{name}{',shift' if shifted else ''}]",

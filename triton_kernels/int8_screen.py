@@ -67,7 +67,7 @@ from . import encode
 from .encode import rank_bits
 from .grouped_encode import _ordered
 from .int8_rounding import FACTS, padded, product, round_rows
-from .launch import ABSENT, Configuration, Tiles, integers, on_device, pointers
+from .launch import Configuration, Tiles, integers, on_device, pointers
 
 GROUP = tl.constexpr(32)  # latents that one turn of `_settle_kernel` computes
 _BLOCK_D = tl.constexpr(128)
@@ -241,8 +241,7 @@ def _settle_kernel(
                     column = begin + tl.arange(0, _BLOCK_D)
                     exists = column < d
                     x = tl.load(x_ptr + column, mask=exists, other=0.0).to(tl.float32)
-                    if b_dec_ptr is not None:
-                        x -= tl.load(b_dec_ptr + column, mask=exists, other=0.0)
+                    x -= tl.load(b_dec_ptr + column, mask=exists, other=0.0)
                     at_w = w_ptr + latent.to(tl.int64)[:, None] * d + column[None, :]
                     w = tl.load(at_w, mask=live[:, None] & exists[None, :], other=0.0)
                     total += x[None, :] * w.to(tl.float32)
@@ -258,7 +257,7 @@ def _settle_kernel(
 
 MOST_K, MOST_COLUMNS = 256, 65536  # 127^2 65536 < 2^31, and see int8_rounding.py
 # (largest k, keys that were computed): the second is at least k + 32.
-_FOUND = ((64, 128), (256, 512))
+_FOUND = ((64, 256), (256, 512))
 _CAPACITY, _STEP = 1024, 512
 _SEEDS, _ROWS_PER_SEED = 64, 8  # rows that are encoded first, where there are so many times as many
 _MARGIN = 0.97
@@ -335,6 +334,8 @@ def screen(
     (F for the seeds), or -1 where it was given up."""
     (n, d), n_latents, device = x.shape, W_enc.shape[0], x.device
     rows, columns = chunk or _chunk_shape(x, n_latents, k)
+    # Without b_dec, zeros: half as many kernels.
+    shift = torch.zeros(d, dtype=torch.float32, device=device) if b_dec is None else b_dec
     if seeds is None:
         seeds = _SEEDS if n >= _SEEDS * _ROWS_PER_SEED else 0
     rows, columns = max(min(rows, n), seeds), min(columns, n_latents)
@@ -349,7 +350,7 @@ def screen(
     multiple = torch.zeros((), dtype=torch.float32, device=device)
     if seeds > 0:
         facts = x_facts[: FACTS * seeds].view(FACTS, seeds)
-        round_rows(x[:seeds], b_dec, q_x, facts)
+        round_rows(x[:seeds], shift, q_x, facts)
         values[:seeds], indices[:seeds] = encode.topk_encode(x[:seeds], W_enc, b_enc, k, b_dec)
         multiple = _multiple_of(values[:seeds], facts[1])
 
@@ -364,7 +365,7 @@ def screen(
     for top in range(seeds, n, rows):
         r = min(rows, n - top)
         facts = x_facts[: FACTS * r].view(FACTS, r)
-        round_rows(x[top : top + r], b_dec, q_x, facts)
+        round_rows(x[top : top + r], shift, q_x, facts)
         for first in range(0, n_latents, columns):
             c = min(columns, n_latents - first)
             width = min(triton.cdiv(c, 8) * 8, room - first)
@@ -374,7 +375,7 @@ def screen(
                 r, c, width, first, n_latents, k, noise, **screening.options(),
             )  # fmt: skip
         _settle_kernel[(r,)](
-            x, W_enc, b_dec, b_enc, facts, multiple, lists, count, limit, keys, values, indices, computed,
+            x, W_enc, shift, b_enc, facts, multiple, lists, count, limit, keys, values, indices, computed,
             r, top, d, k, **settling.options(),
         )  # fmt: skip
     return computed
@@ -398,20 +399,18 @@ def configurations() -> Iterator[Configuration]:
             ("columns", "width", "first", "n_latents", "k"),
         )
         for name in ("bf16", "fp16", "fp32"):
-            for shifted in (True, False):
-                yield Configuration(
-                    _settle_kernel,
-                    f"int8.settle[{name},k<={largest}{',shift' if shifted else ''}]",
-                    {
-                        **state,
-                        **pointers(name, "x", "w", "values"),
-                        "b_dec_ptr": "*fp32" if shifted else ABSENT,
-                        **pointers("fp32", "bias"),
-                        **pointers("i64", "found", "indices"),
-                        **pointers("i32", "computed"),
-                        **integers("rows", "top", "d", "k"),
-                    },
-                    _settle_tiles(largest, found),
-                    ("d", "k"),
-                    variant=name != "bf16" or not shifted,
-                )
+            yield Configuration(
+                _settle_kernel,
+                f"int8.settle[{name},k<={largest}]",
+                {
+                    **state,
+                    **pointers(name, "x", "w", "values"),
+                    **pointers("fp32", "b_dec", "bias"),
+                    **pointers("i64", "found", "indices"),
+                    **pointers("i32", "computed"),
+                    **integers("rows", "top", "d", "k"),
+                },
+                _settle_tiles(largest, found),
+                ("d", "k"),
+                variant=name != "bf16",
+            )
