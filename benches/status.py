@@ -29,6 +29,7 @@ EMULATED = "run thread by thread on the CPU"
 GOES_THROUGH = {
     "encode, ours": ("encode.pivot", "encode.fold_bias", "encode.filter"),
     "encode, cuda filter": ("filter_rows",),
+    "encode, int8 screen": ("int8.round", "int8.screen", "int8.settle"),
     "decode + residual, ours": ("decode",),
     "decode, cuda": ("sum_of_rows",),
     "backward, ours": ("backward.latent", "backward.combine"),

@@ -118,11 +118,11 @@ def test_rows_that_are_not_finite_have_no_bound():
 
 
 def adversary(side: str) -> tuple[Tensor, Tensor]:
-    """x [1, 128] and W [40, 128], of which latent 38 wins by all that rounding hides: the rest of one is parallel to the
-    other.
+    """x [1, 128] and W [40, 128], of which latent 38 wins by all that rounding hides.
 
-    In rotated coordinates one is 127 and 127 entries of +-0.499, which round to 0, and the other has their signs. The
-    other latents are multiples of the first unit row, which rounding does not touch.
+    The rest of one of the two is parallel to the other. In rotated coordinates it is 127 and 127 entries of +-0.499,
+    which round to 0, and the other has their signs. The remaining latents are multiples of the first unit row, which
+    rounding does not touch.
     """
     signs = torch.cat([torch.ones(1), integers(127, low=0, high=2) * 2 - 1]).double()
     rough = 0.499 * signs
@@ -160,6 +160,7 @@ def test_the_whole_bound_is_needed(monkeypatch, side, share, right):
         (torch.float16, 5, 130, 97, 8, (8, 40)),  # a chunk of 17 latents
         (torch.float32, 3, 8, 61, 61, None),  # k = F
         (torch.float16, 4, 7, 64, 1, (4, 64)),
+        (torch.bfloat16, 3, 19, 70, 6, None),  # nothing but the integer product multiplies matrices here
         (torch.float32, 1, 1, 1, 1, None),
         (torch.float16, 2, 260, 40, 9, (1, 8)),
     ],
