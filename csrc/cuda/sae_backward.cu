@@ -103,7 +103,7 @@ constexpr int kTeamBytes = backward_team_bytes(kShape<kIndex>);
 // The slow paths take the registers they need.
 template <class Row, int kIndex, bool kAligned, bool kGiven>
 __global__ void __launch_bounds__(kShape<kIndex>.block, kAligned && !kGiven ? kShape<kIndex>.blocks : 1)
-    gradients(const BackwardArgs args) {
+    latent_gradients(const BackwardArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr int kTeamThreads = kShape<kIndex>.threads;
   const int team = kTeams<kIndex> == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
@@ -118,12 +118,12 @@ constexpr BackwardShape kWidest = kShape<kWidestBackward>;
 constexpr int kDotBatch = 2;
 
 template <class Row, bool kAligned>
-__global__ void __launch_bounds__(kWidest.threads, 1) wide_dots(const BackwardArgs args) {
+__global__ void __launch_bounds__(kWidest.threads, 1) latent_dots(const BackwardArgs args) {
   __shared__ __align__(16) float sums[2 * kDotBatch * (kWidest.threads / 32)];
   dot_entries<DeviceTeam<kWidest.threads>, Row, kDotBatch, kAligned>(args, static_cast<int>(blockIdx.x), sums);
 }
 
-__global__ void __launch_bounds__(kThreads) combine(const BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads) latent_combine(const BackwardArgs args) {
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   if (column <= args.d) {
     combine_parts(args, static_cast<int>(blockIdx.x), static_cast<int>(column));
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) combine(const BackwardArgs args) {
 template <class Row, int kIndex, bool kAligned, bool kGiven>
 cudaError_t launch_shape(const BackwardArgs& args, const BackwardSplit& split, cudaStream_t stream) {
   const Grid grid = backward_grid(args.segments, args.latents, split);
-  const auto kernel = gradients<Row, kIndex, kAligned, kGiven>;
+  const auto kernel = latent_gradients<Row, kIndex, kAligned, kGiven>;
   if (split.shared > 48 << 10) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, split.shared); error != cudaSuccess) {
@@ -149,7 +149,7 @@ template <class Row, bool kAligned>
 cudaError_t launch_row(const BackwardArgs& args, const BackwardSplit& split, cudaStream_t stream) {
   if (split.chunks > 1) {
     const unsigned programs = static_cast<unsigned>(args.segments + args.latents);
-    wide_dots<Row, kAligned><<<programs, kWidest.threads, 0, stream>>>(args);
+    latent_dots<Row, kAligned><<<programs, kWidest.threads, 0, stream>>>(args);
     return launch_shape<Row, kWidestBackward, kAligned, true>(args, split, stream);
   }
   if constexpr (kAligned) {
@@ -191,7 +191,7 @@ const char* sae_backward(RowType type, const BackwardArgs& args, void* stream_of
                                                    : launch.template operator()<Float16Row>();
   if (error == cudaSuccess && args.segments > 0) {
     const unsigned columns = static_cast<unsigned>(args.d / kThreads + 1);
-    combine<<<dim3(static_cast<unsigned>(args.segments), columns), kThreads, 0, stream>>>(args);
+    latent_combine<<<dim3(static_cast<unsigned>(args.segments), columns), kThreads, 0, stream>>>(args);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
