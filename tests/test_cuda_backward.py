@@ -303,6 +303,27 @@ def test_the_back_end_hands_the_kernel_what_it_reads(
     assert not any(t.any() for t in again)
 
 
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("width", [*(width for width, _ in WIDTHS), 16400, 40000, 6, 508, 4102, 20004])
+@pytest.mark.parametrize("k", [1, 4])
+def test_every_shape_on_a_gpu(dtype: torch.dtype, width: int, k: int) -> None:
+    """All of the launcher, with hot latents: aligned, in chunks, not aligned; the same bits twice."""
+    p = problem(dtype, 400, max(1, width // dtype.itemsize), 9, k, hot=0.95)
+    into = start_of(p)
+    e, x, values, indices, W_dec, b_dec = (None if t is None else t.cuda() for t in p[:-1])
+    runs = []
+    for accumulate in (True, True, False):
+        out = tuple(t.cuda() for t in into)
+        CudaBackend().sae_backward(
+            e, x, values, indices, W_dec, W_dec, b_dec, p.scale, *out, accumulate=accumulate, segment=64
+        )
+        runs.append(tuple(t.cpu() for t in out))
+    close(runs[0], p, into)
+    same(runs[0], runs[1])
+    close(runs[2], p, tuple(torch.zeros_like(t) for t in into))
+
+
 def test_the_step_of_the_back_end_is_complete() -> None:
     """Whatever sae_step and SAEAdam call is there, where the kernel is."""
     backend = CudaBackend()

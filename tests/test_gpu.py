@@ -311,7 +311,7 @@ def test_adam(backend, device, d, max_grad_norm, plain):
         close(actual, exact, own, 3)
 
 
-@everywhere
+@steps
 @pytest.mark.parametrize("d", [40, 3000, 5000])
 @pytest.mark.parametrize("with_dead", [False, True])
 def test_state_in_fewer_bytes(backend, device, d, with_dead):
