@@ -33,6 +33,7 @@ GOES_THROUGH = {
     "decode + residual, ours": ("decode",),
     "decode, cuda": ("sum_of_rows",),
     "backward, ours": ("backward.latent", "backward.combine"),
+    "backward, cuda": ("latent_gradients",),
     "step, ours": ("sae_adam.step",),
     "encode, ours grouped": ("encode.group", "encode.settle"),
     "ours": ("lora_projection.coefficients", "lora_projection.update", "projection.table"),
@@ -157,7 +158,7 @@ def block(results: list[dict[str, Any]] | None = None) -> str:
         where = on_a_gpu(name, fingerprint(files), results)
         lines.append(f"| {name} | {_link(files[0])} | {count} | {COMPILED_TRITON}, {where} |")
     for name, files in cuda_sources().items():
-        checked = f", {EMULATED}" if any(path.stem.endswith(("_warp", "_block")) for path in files) else ""
+        checked = f", {EMULATED}" if any(path.stem.endswith(("_warp", "_team", "_block")) for path in files) else ""
         where = on_a_gpu(name, fingerprint(files), results)
         lines.append(f"| {name} | {_link(files[0])} | | {COMPILED_CUDA}{checked}, {where} |")
     return "\n".join(lines)

@@ -12,6 +12,7 @@
 #include "build_config.h"
 #include "cpu/isa.h"
 #include "cuda/row_filter.h"
+#include "cuda/sae_backward.h"
 #include "cuda/sparse_decode.h"
 
 namespace py = pybind11;
@@ -78,6 +79,7 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
   RowSplit split = split_row(d, type, true);
   Grid grid;
   int64_t workspace = 0;
+  int threads = kThreads;
   bool fits = true;
   if (op == "sparse_decode") {
     grid = sum_grid(n, split);
@@ -91,14 +93,23 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
     grid = {(n + kFilterWarps - 1) / kFilterWarps, 1};
     workspace = n * (kFilterCapacity * 8 + 4 + 4);  // lists, counts, limits
     fits = k >= 1 && k <= kFilterMostK;
+  } else if (op == "sae_backward") {  // without segments of hot latents
+    const BackwardSplit cut = split_backward(d, type, true);
+    const BackwardShape& shape = kBackwardShapes[cut.shape];
+    split = {cut.vector, shape.threads, shape.teams(), cut.chunks};
+    threads = shape.block;
+    grid = backward_grid(0, n_latents, cut);
+    workspace = cut.chunks > 1 ? 4 * n * k : 0;  // dot products
   } else {
     throw py::value_error(
-        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight or row_filter; got '" + op + "'");
+        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight, row_filter or sae_backward; "
+        "got '" +
+        op + "'");
   }
   py::dict result;
   result["vector"] = split.vector;
   result["lanes"] = split.lanes;
-  result["threads"] = kThreads;
+  result["threads"] = threads;
   result["grid"] = py::make_tuple(grid.x, grid.y);
   result["workspace_bytes"] = workspace;
   result["fits"] = fits && grid.x <= kMaxGridX && grid.y <= kMaxGridY;

@@ -28,7 +28,8 @@ def plan(op: str, shape: tuple[int, int, int, int], dtype: str, sm: int) -> Plan
     """How a CUDA kernel cuts up a problem, from the functions its launcher uses, for 16-byte aligned tensors.
 
     Args:
-        op: "sparse_decode", "sparse_decode_dvalues", "sparse_decode_dweight" or "row_filter".
+        op: "sparse_decode", "sparse_decode_dvalues", "sparse_decode_dweight", "row_filter" or "sae_backward" (without
+            what hot latents add to its grid and workspace).
         shape: (N, d, F, k); of row_filter's chunk N rows and F columns.
         dtype: "float32", "bfloat16" or "float16".
         sm: compute capability, at least 80. The plan is the same for all of them so far.

@@ -133,16 +133,29 @@ def repository() -> Path:
     return ROOT
 
 
-@pytest.fixture(scope="session")
-def emulated_row_filter(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """csrc/cuda/row_filter_warp.h compiled for the CPU, 32 fibers for the lanes of a warp (tests/cuda)."""
+def emulation(tmp_path_factory: pytest.TempPathFactory, source: str) -> ctypes.CDLL:
+    """A kernel's algorithm from csrc/cuda compiled for the CPU, fibers for the threads (tests/cuda)."""
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no g++ on this machine")
-    out = tmp_path_factory.mktemp("emulation") / "row_filter.so"
+    out = tmp_path_factory.mktemp("emulation") / f"{source}.so"
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "tests/cuda/row_filter.cpp"), "-o", str(out)]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc/cuda'}", str(ROOT / f"tests/cuda/{source}.cpp"), "-o", str(out)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    loaded = ctypes.CDLL(str(out))
+    return ctypes.CDLL(str(out))
+
+
+@pytest.fixture(scope="session")
+def emulated_row_filter(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/cuda/row_filter_warp.h, by 32 fibers."""
+    loaded = emulation(tmp_path_factory, "row_filter")
     loaded.filter_chunk.restype = ctypes.c_char_p
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def emulated_backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/cuda/sae_backward_team.h, by as many fibers as a team has threads."""
+    loaded = emulation(tmp_path_factory, "sae_backward")
+    loaded.emulate_sae_backward.restype = ctypes.c_char_p
     return loaded

@@ -18,8 +18,9 @@ import refusal_kernels as rk
 from refusal_kernels import native
 from refusal_kernels.backends.cuda import FILTER_CAPACITY, FILTER_MOST_K
 
-# Kernels of each file: three row types, three splits of a row, two sums and one product; loads of 4 numbers or of one.
-KERNELS = {"sparse_decode.cu": 27, "row_filter.cu": 2}
+# Kernels of each file: three row types, three splits of a row, two sums and one product; loads of 4 numbers or of one;
+# three row types, six aligned shapes, two that are not, two for wide rows and their two products, and one sum of parts.
+KERNELS = {"sparse_decode.cu": 27, "row_filter.cu": 2, "sae_backward.cu": 3 * (6 + 2 + 2 + 2) + 1}
 ARCHITECTURES = ("80", "90a", "100", "120")  # csrc/cuda/CMakeLists.txt, the default
 
 
@@ -93,6 +94,26 @@ def test_plan_of_the_gradients() -> None:
     }  # fmt: skip
     assert module.plan("row_filter", (1, 64, 4095, 1), "float32", 90)["vector"] == 1
     assert not module.plan("row_filter", (1, 64, 4096, FILTER_MOST_K + 1), "float32", 90)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "vector", "team", "threads", "chunks"),
+    [
+        ("bfloat16", 128, 8, 16, 128, 1),
+        ("float32", 128, 4, 32, 128, 1),
+        ("bfloat16", 1024, 8, 32, 128, 1),
+        ("float16", 2048, 8, 128, 128, 1),
+        ("bfloat16", 4096, 8, 256, 256, 1),
+        ("bfloat16", 8192, 8, 512, 512, 1),
+        ("float32", 4100, 4, 512, 512, 2),
+    ],
+)
+def test_plan_of_the_latent_major_backward(d, dtype, vector, team, threads, chunks) -> None:
+    plan = extension().plan("sae_backward", (1000, d, 4099, 16), dtype, 90)
+    assert plan == {
+        "vector": vector, "lanes": team, "threads": threads, "grid": (-(-4099 * team // threads), chunks), "fits": True,
+        "workspace_bytes": 4 * 16000 * (chunks > 1),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

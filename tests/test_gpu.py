@@ -1,9 +1,9 @@
 """The public operators on a GPU, and the same test functions on the CPU back-end: the tests are known to be right.
 
 Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part of every run of the suite) and, marked
-gpu, `triton`, `cuda` (CUDA tensors; the latter has topk_encode and sparse_decode only) and, for topk_encode,
-`triton-int8`. Which of them has passed on
-which GPU is in benches/results/gpu; tests/triton has the kernels' tests in Triton's interpreter.
+gpu, `triton`, `cuda` (CUDA tensors; the latter has topk_encode, sparse_decode and the training step only) and, for
+topk_encode, `triton-int8`. Which of them has passed on which GPU is in benches/results/gpu; tests/triton has the
+kernels' tests in Triton's interpreter.
 
     make gpu                                   all of them in several processes, compute-sanitizer, benchmarks
     python -m pytest -m gpu                    these tests alone
@@ -34,6 +34,7 @@ INT8 = pytest.param("triton-int8", "cuda", id="triton-int8", marks=pytest.mark.g
 everywhere = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON])
 encoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA, INT8])
 decoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
+steps = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 every_index = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 
@@ -244,7 +245,7 @@ def copies(parameters: list[Tensor], device: str, dtype: torch.dtype) -> list[Te
     return [p.detach().to(device, dtype, copy=True).requires_grad_() for p in parameters]
 
 
-@everywhere
+@steps
 @pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 40, 300, 7), (150, 24, 90, 5), (20, 5000, 40, 3)])
 @pytest.mark.parametrize("with_dead", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
@@ -276,7 +277,7 @@ def test_step_gradients(backend, device, n, d, n_latents, k, with_dead, autocast
         assert leaves[0].grad[dead.cpu()].any()
 
 
-@everywhere
+@steps
 @pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 40, 300, 7), (150, 24, 90, 5), (20, 5000, 40, 3)])
 @pytest.mark.parametrize("with_dead", [False, True])
 @pytest.mark.parametrize(("max_grad_norm", "autocast"), [(None, None), (0.05, None), (None, torch.bfloat16)])
@@ -334,7 +335,7 @@ def test_adam(backend, device, d, max_grad_norm, plain):
         close(actual, exact, own, 3)
 
 
-@everywhere
+@steps
 @pytest.mark.parametrize("d", [40, 3000, 5000])
 @pytest.mark.parametrize("with_dead", [False, True])
 def test_state_in_fewer_bytes(backend, device, d, with_dead):
@@ -447,7 +448,7 @@ def everything(backend: str, device: str, dtype: torch.dtype, n: int, d: int, n_
     return [values, indices, x_hat, *(leaf.grad for leaf in leaves), *gradients, *out, *parameters]
 
 
-@everywhere
+@steps
 @every_dtype
 def test_same_input_same_bits(backend, device, dtype):
     first, second = (everything(backend, device, dtype, 300, 72, 700, 9) for _ in range(2))
@@ -455,7 +456,7 @@ def test_same_input_same_bits(backend, device, dtype):
 
 
 @pytest.mark.sanitizer
-@everywhere
+@steps
 @every_dtype
 def test_every_operator_once(backend, device, dtype):
     """Small enough for compute-sanitizer, which slows kernels down a hundredfold."""
@@ -521,7 +522,7 @@ def test_heads_of_integers_are_exact_and_can_be_captured(backend, device, dtype,
         assert torch.equal(x_hat[h], alone)
 
 
-@everywhere
+@steps
 @pytest.mark.parametrize("autocast", [False, True])
 def test_step_into_gradients_can_be_captured(backend, device, autocast):
     """Not the optimiser's step: Adam's step counter is a number on the host, which a graph would freeze."""
@@ -562,7 +563,7 @@ def waiting_is_an_error(device: str):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@everywhere
+@steps
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 def test_step_with_dead_latents_never_waits_for_the_device(backend, device, max_grad_norm):
     torch.use_deterministic_algorithms(False)

@@ -111,6 +111,7 @@ PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
     "decode + residual, ours": lambda s, at: at.move(decode_bytes(s)),
     "transpose, ours": lambda s, at: at.move(transpose_bytes(s)),
     "backward, ours": lambda s, at: at.move(transpose_bytes(s) + backward_bytes(s)),
+    "backward, cuda": lambda s, at: PREDICTIONS["backward, ours"](s, at),
     "step, ours": lambda s, at: step_ms(s, at, ADAM_BYTES),
     "step, ours compact": lambda s, at: step_ms(s, at, COMPACT_ADAM_BYTES),
 }

@@ -106,6 +106,9 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
         gradients = [torch.zeros(f, d, device=device), torch.zeros(f, device=device), torch.zeros(f, d, device=device)]
         timed("backward, ours", lambda: backend.sae_backward(
             e, x, values, indices, we, wd, problem.b_dec, 2 / n, *gradients, accumulate=False))  # fmt: skip
+        cuda: Any = BACKENDS["cuda"]
+        timed("backward, cuda", lambda: cuda.sae_backward(
+            e, x, values, indices, we, wd, problem.b_dec, 2 / n, *gradients, accumulate=False))  # fmt: skip
         del gradients, values, indices, e, we, wd
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -10,9 +10,11 @@
 #include <climits>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/row_filter.h"
+#include "cuda/sae_backward.h"
 #include "cuda/sparse_decode.h"
 
 // Weak: a CPU-only torch does not have it, and this library must load there too. It is called with CUDA tensors only.
@@ -177,6 +179,88 @@ void row_filter(Tensor pre, Tensor bias, Tensor keys, Tensor count, Tensor limit
   check_launch(rk::cuda::row_filter(args, current_stream(pre)), "row_filter");
 }
 
+// sae_backward on the transposed code: see sae_backward.h. Rows and latents are numbered through all heads; b_dec has as
+// many rows of d as there are heads. `tokens`, `offsets`, `segment_ends` and `segment_latent` are trusted, as `order` is.
+void sae_backward(
+    Tensor e, Tensor x, Tensor W_dec, std::optional<Tensor> b_dec, Tensor scale, Tensor tokens, Tensor values,
+    Tensor offsets, Tensor segment_ends, Tensor segment_latent, int64_t segment, Tensor dW_enc, Tensor db_enc,
+    Tensor dW_dec, bool accumulate) {
+  const auto has_size = [](const Tensor& t, int64_t rows, int64_t columns) {
+    return t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+  };
+  STD_TORCH_CHECK(e.dim() == 2 && W_dec.dim() == 2, "refusal_kernels_cuda: e and W_dec must be matrices");
+  const int64_t rows = e.size(0), d = e.size(1), latents = W_dec.size(0), segments = segment_latent.numel();
+  const int64_t entries = values.numel();
+  for (const auto& [t, name] : {std::pair{&e, "e"}, {&x, "x"}, {&W_dec, "W_dec"}, {&values, "values"}}) {
+    check(*t, name, e, e.scalar_type());
+  }
+  for (const auto& [t, name] :
+       {std::pair{&scale, "scale"}, {&dW_enc, "dW_enc"}, {&db_enc, "db_enc"}, {&dW_dec, "dW_dec"}}) {
+    check(*t, name, e, ScalarType::Float);
+  }
+  check(tokens, "tokens", e, ScalarType::Int);
+  for (const auto& [t, name] :
+       {std::pair{&offsets, "offsets"}, {&segment_ends, "segment_ends"}, {&segment_latent, "segment_latent"}}) {
+    check(*t, name, e, ScalarType::Long);
+  }
+  STD_TORCH_CHECK(
+      has_size(x, rows, d) && W_dec.size(1) == d && has_size(dW_enc, latents, d) && has_size(dW_dec, latents, d) &&
+          db_enc.numel() == latents,
+      "refusal_kernels_cuda: e and x must be [N, d], W_dec, dW_enc and dW_dec [F, d], db_enc [F]");
+  STD_TORCH_CHECK(
+      scale.numel() == 1 && tokens.numel() == entries && offsets.numel() == latents + 1 &&
+          segment_ends.numel() == latents,
+      "refusal_kernels_cuda: scale must be one number, tokens and values have an entry each, offsets F + 1 numbers and "
+      "segment_ends F");
+  STD_TORCH_CHECK(
+      rows <= INT_MAX && d <= INT_MAX / 2 && latents + segments <= INT_MAX / 2 && segment >= 1 && segment <= INT_MAX,
+      "refusal_kernels_cuda: N, d, F and segment must be below 2^30");
+  const int64_t heads = b_dec && d > 0 ? b_dec->numel() / d : 1;
+  if (b_dec) {
+    check(*b_dec, "b_dec", e, ScalarType::Float);
+    STD_TORCH_CHECK(
+        heads >= 1 && b_dec->numel() == heads * d && latents % heads == 0,
+        "refusal_kernels_cuda: b_dec must have d elements for each of the heads, which share the latents evenly");
+  }
+  if (d == 0 || latents == 0) {
+    return;
+  }
+  const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
+  const rk::cuda::RowType type = row_type(e, "e");
+  const bool wide = rk::cuda::split_backward(d, type, true).chunks > 1;
+  Tensor part_enc = torch::stable::new_empty(db_enc, {segments, d});
+  Tensor part_db = torch::stable::new_empty(db_enc, {segments});
+  Tensor part_dec = torch::stable::new_empty(db_enc, {segments, d});
+  Tensor dots = torch::stable::new_empty(db_enc, {wide ? entries : 0});
+  const auto numbers = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  const auto integers = [](const Tensor& t) { return static_cast<const int64_t*>(t.const_data_ptr()); };
+  const rk::cuda::BackwardArgs args{
+      e.const_data_ptr(),
+      x.const_data_ptr(),
+      W_dec.const_data_ptr(),
+      b_dec ? static_cast<const float*>(b_dec->const_data_ptr()) : nullptr,
+      static_cast<const float*>(scale.const_data_ptr()),
+      static_cast<const int32_t*>(tokens.const_data_ptr()),
+      values.const_data_ptr(),
+      integers(offsets),
+      integers(segment_ends),
+      integers(segment_latent),
+      numbers(dW_enc),
+      numbers(db_enc),
+      numbers(dW_dec),
+      numbers(part_enc),
+      numbers(part_db),
+      numbers(part_dec),
+      numbers(dots),
+      static_cast<int>(latents),
+      static_cast<int>(segments),
+      static_cast<int>(segment),
+      static_cast<int>(latents / heads),
+      static_cast<int>(d),
+      accumulate};
+  check_launch(rk::cuda::sae_backward(type, args, current_stream(e)), "sae_backward");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(refusal_kernels_cuda, m) {
@@ -187,10 +271,15 @@ STABLE_TORCH_LIBRARY(refusal_kernels_cuda, m) {
   m.def(
       "row_filter(Tensor pre, Tensor bias, Tensor(a!) keys, Tensor(b!) count, Tensor(c!) limit, int first, bool last, "
       "int k) -> ()");
+  m.def(
+      "sae_backward(Tensor e, Tensor x, Tensor W_dec, Tensor? b_dec, Tensor scale, Tensor tokens, Tensor values, "
+      "Tensor offsets, Tensor segment_ends, Tensor segment_latent, int segment, Tensor(a!) dW_enc, Tensor(b!) db_enc, "
+      "Tensor(c!) dW_dec, bool accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(refusal_kernels_cuda, CUDA, m) {
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("sparse_decode_backward", TORCH_BOX(&sparse_decode_backward));
   m.impl("row_filter", TORCH_BOX(&row_filter));
+  m.impl("sae_backward", TORCH_BOX(&sae_backward));
 }

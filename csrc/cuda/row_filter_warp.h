@@ -12,15 +12,8 @@
 
 #include <cstdint>
 
+#include "lane.h"
 #include "row_filter.h"
-
-#ifdef __CUDACC__
-#define RK_LANE __device__ __forceinline__
-#define RK_UNROLL _Pragma("unroll")
-#else
-#define RK_LANE inline
-#define RK_UNROLL
-#endif
 
 namespace rk::cuda {
 

@@ -1,7 +1,8 @@
 """The CUDA C++ back-end of refusal_kernels._C. It runs by explicit request only: no measurement has it ahead yet.
 
 topk_encode is the chunked encoder of the Triton back-end (cuBLAS and, for b_dec, Triton kernels) with the row filter of
-csrc/cuda in the place of Triton's, and its gradient is Triton's: so it needs Triton as well.
+csrc/cuda in the place of Triton's. Its gradient is Triton's, as are the pass that decodes and takes the residual and
+Adam: so the encoder and the training step, whose latent-major backward is csrc/cuda's, need Triton as well.
 """
 
 from __future__ import annotations
@@ -22,14 +23,34 @@ _PRIMITIVES = {
     "sparse_decode_backward": "sparse_decode_backward",
     "topk_encode": "row_filter",
     "topk_encode_backward": "row_filter",
+    "decode_residual": "sae_backward",
+    "sae_backward": "sae_backward",
+    "adam_rows": "sae_backward",
+    "adam_compact_rows": "sae_backward",
 }
+_NEED_TRITON = ("topk_encode", "sae_step", "sae_adam")
 # csrc/cuda/row_filter.h: keys of a row's list, and the largest k.
 FILTER_CAPACITY, FILTER_MOST_K = 512, 256
+
+
+def _of_triton(name: str) -> Any:
+    """A method: the Triton back-end's primitive."""
+
+    def call(self: CudaBackend, *arguments: Any) -> Any:
+        return getattr(TritonBackend(), name)(*arguments)
+
+    return call
 
 
 class CudaBackend(Backend):
     name = "cuda"
     device_types = ("cuda",)
+    takes_heads = frozenset({"decode_residual", "sae_backward", "adam_rows", "adam_compact_rows"})
+
+    topk_encode_backward = _of_triton("topk_encode_backward")
+    decode_residual = _of_triton("decode_residual")
+    adam_rows = _of_triton("adam_rows")
+    adam_compact_rows = _of_triton("adam_compact_rows")
 
     def unavailable_reason(self) -> str | None:
         if (error := native.load_error()) is not None:
@@ -47,10 +68,10 @@ class CudaBackend(Backend):
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         reasons = super().not_supported_reasons(op, request)
-        if op == "topk_encode":
+        if op in _NEED_TRITON:
             if (missing := TritonBackend().unavailable_reason()) is not None:
                 reasons.append(missing)
-            if request.k > FILTER_MOST_K:
+            if request.k > FILTER_MOST_K:  # 0 where there is no encoder
                 reasons.append(f"its row filter takes k up to {FILTER_MOST_K}, not {request.k}")
         return reasons
 
@@ -66,11 +87,6 @@ class CudaBackend(Backend):
         row_filter = encode.RowFilter(FILTER_CAPACITY, self._operator("row_filter"))
         return encode.topk_encode(x, W_enc, b_enc, k, b_dec, row_filter=row_filter)
 
-    def topk_encode_backward(self, *arguments: Any) -> Any:
-        """As in refusal_kernels.reference; Triton's kernels."""
-        backward = importlib.import_module("refusal_kernels.triton_kernels.backward")
-        return backward.topk_encode_backward(*arguments)
-
     def sparse_decode_backward(
         self, grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, need_values: bool, need_W: bool
     ) -> tuple[Tensor, Tensor]:
@@ -85,6 +101,53 @@ class CudaBackend(Backend):
             boundaries = torch.arange(W_dec.shape[0] + 1, dtype=latents.dtype, device=latents.device)
             offsets = torch.searchsorted(latents, boundaries)
         return self._operator("sparse_decode_backward")(grad, values, indices, W_dec, order, offsets, need_values)
+
+    def sae_backward(
+        self,
+        e: Tensor,
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        scale: float | Tensor,
+        dW_enc: Tensor,
+        db_enc: Tensor,
+        dW_dec: Tensor,
+        *,
+        accumulate: bool = True,
+        segment: int | None = None,
+    ) -> None:
+        """As in refusal_kernels.reference, and with the options of triton_kernels.backward.sae_backward."""
+        if values.numel() == 0:
+            if not accumulate:
+                for buffer in (dW_enc, db_enc, dW_dec):
+                    buffer.zero_()
+            return
+        launch = importlib.import_module("refusal_kernels.triton_kernels.launch")
+        backward = importlib.import_module("refusal_kernels.triton_kernels.backward")
+        n_latents, d = W_dec.shape[-2:]
+        csc = backward.csc_from_indices(indices, n_latents, segment or backward.segment_length(indices.numel(), d))
+        # Rows and values in the order of the latents: the kernel reads them in one stream, without a dependent load.
+        tokens = (csc.order // values.shape[-1]).to(torch.int32)
+        self._operator("sae_backward")(
+            e.view(-1, d),
+            x.view(-1, d),
+            W_dec.view(-1, d),
+            b_dec,
+            launch.device_scalar(scale, e.device),
+            tokens,
+            values.view(-1).index_select(0, csc.order),
+            csc.offsets,
+            csc.segment_ends,
+            csc.segment_latent,
+            csc.segment,
+            dW_enc.view(-1, d),
+            db_enc.view(-1),
+            dW_dec.view(-1, d),
+            accumulate,
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or (bound := self.primitive(name)) is None:
