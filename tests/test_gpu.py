@@ -364,10 +364,10 @@ def test_state_in_fewer_bytes(backend, device, d, with_dead):
         optimizer.step()
         ran(backend, "sae_step", "sae_adam")
         after.append(([optimizer.master(p) for p in leaves], [m for p in leaves for m in optimizer.moments(p)]))
-    for masters, moments in after[1:]:
+    for masters, states in after[1:]:
         for a, b in zip(masters, after[0][0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-        for a, b in zip(moments, after[0][1], strict=True):
+        for a, b in zip(states, after[0][1], strict=True):
             torch.testing.assert_close(a.float(), b, rtol=2**-5, atol=1e-3)
     assert all(m.dtype == torch.bfloat16 for m in (*after[3][1][:2], *after[3][1][4:6]))
 

@@ -190,7 +190,5 @@ def test_step_names_what_is_wrong():
     x, W_enc, b_enc, W_dec, b_dec = (t.requires_grad_() for t in leaves((6,)))
     with pytest.raises(ValueError, match=r"x must have shape \[H, \.\.\., d\] with H = W_enc.shape\[0\] = 3"):
         rk.sae_step(x[0], W_enc, b_enc, W_dec, b_dec, K)
-    with pytest.raises(ValueError, match="dead must be None where W_enc has a head axis"):
-        rk.sae_step(x, W_enc, b_enc, W_dec, b_dec, K, dead=torch.tensor([1]))
     with pytest.raises(ValueError, match=r"W_dec must have shape \[H, F, d\]"):
         rk.sae_step(x, W_enc, b_enc, W_dec[:, :4].detach().requires_grad_(), b_dec, K)

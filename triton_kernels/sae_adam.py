@@ -63,7 +63,7 @@ def _step_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = 0
-    if not EXTRA:  # AuxK comes without heads, and its rows leave no register for the axis
+    if not EXTRA:  # with heads AuxK's rows do not come here: they leave no register for the axis
         head = tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     live = column < d

@@ -3,6 +3,9 @@
 The dead set is compacted first, [D, d] instead of [F, d], and everything after is dense matrix products over it: with
 k_aux in the hundreds a gather of k_aux rows per token moves far more bytes than the product. Tokens are taken in
 chunks, so that the [tokens, D] activations never exceed `CHUNK_ELEMENTS`.
+
+With a head axis every head has its own dead latents. Their lists are padded with -1 to one length, so that the products
+of all heads are batched ones; padding takes part in them and counts for nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class AuxGradients:
-    """Gradients of the AuxK term for the D dead rows, and its value."""
+    """Gradients of the AuxK term for the D dead rows, and its value. With a head axis all have it in front, and rows of
+    padding are 0."""
 
     loss: Tensor  # 0-dim, unweighted
     dW_enc: Tensor  # [D, d]
@@ -58,17 +62,21 @@ def aux_k_loss(
     reach the dead rows of W_dec and of W_enc, b_enc, and b_dec through the encoder.
 
     Args:
-        x: [..., d]; residual: [..., d] = x - x_hat; W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d].
-        dead: int64 [D], distinct latents; D = 0 gives a loss of 0.
+        x: [..., d]; residual: [..., d] = x - x_hat; W_enc, W_dec: [F, d]; b_enc: [F]; b_dec: [d]; or with a head axis
+            [H, ..., d], [H, F, d], [H, F], [H, d]: the loss is then [H], that of a loop over heads.
+        dead: int64 [D], distinct latents; D = 0 gives a loss of 0. With heads [H, D]: a head's latents, then -1.
         k_aux: latents per token, d // 2 by default.
     """
     check_tensor("aux_k_loss", "b_dec", b_dec, FLOAT_DTYPES)
-    _, d = check_encoder("aux_k_loss", x, W_enc, b_enc, b_dec)
+    n_latents, d = check_encoder("aux_k_loss", x, W_enc, b_enc, b_dec, heads=True)
     check_tensor("aux_k_loss", "W_dec", W_dec, FLOAT_DTYPES)
     check_shape("aux_k_loss", "W_dec", W_dec, tuple(W_enc.shape), "[F, d]")
     check_shape("aux_k_loss", "residual", residual, tuple(x.shape), "of x")
     k_aux = check_k_aux("aux_k_loss", k_aux, d)
-    check_dead("aux_k_loss", dead, W_enc.shape[0])
+    heads = W_enc.shape[0] if W_enc.dim() == 3 else None
+    check_dead("aux_k_loss", dead, n_latents, heads)
+    if heads is not None:
+        return _loss_of_heads(x, residual, W_enc, b_enc, W_dec, b_dec, dead, k_aux)
     n_dead = dead.numel()
     x, residual = x.reshape(-1, d), residual.reshape(-1, d)
     if n_dead == 0 or x.shape[0] == 0:
@@ -81,14 +89,65 @@ def aux_k_loss(
     return aux_scale(n_dead, k_aux) * error.square().sum() / x.shape[0]
 
 
+def _loss_of_heads(
+    x: Tensor,
+    residual: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    dead: Tensor,
+    k_aux: int,
+) -> Tensor:
+    n_heads, _, d = W_enc.shape
+    x, residual = x.reshape(n_heads, -1, d), residual.reshape(n_heads, -1, d)
+    if dead.numel() == 0 or x.shape[1] == 0:
+        return x.new_zeros(n_heads)
+    valid, rows = dead >= 0, flat_rows(dead, W_enc.shape[1])
+    acts = torch.baddbmm(b_enc.flatten()[rows][:, None], x - b_dec[:, None], W_enc.flatten(0, 1)[rows].mT)
+    acts = torch.relu(acts).masked_fill(~valid[:, None], 0)
+    if k_aux < dead.shape[1]:
+        top = torch.topk(acts, k_aux, dim=2)
+        acts = torch.zeros_like(acts).scatter(2, top.indices, top.values)
+    error = torch.bmm(acts, W_dec.flatten(0, 1)[rows]) - residual.detach()
+    return aux_scales(valid, k_aux).to(error.dtype) * error.square().sum((1, 2)) / x.shape[1]
+
+
+def flat_rows(dead: Tensor, n_latents: int) -> Tensor:
+    """dead [H, D] as numbers of rows of a matrix [H F, d]; padding as the head's first."""
+    first = torch.arange(dead.shape[0], device=dead.device)[:, None] * n_latents
+    return first + dead.clamp(min=0)
+
+
+def aux_scales(valid: Tensor, k_aux: int) -> Tensor:
+    """`aux_scale` of every head, on the device: valid [H, D] -> [H]."""
+    return (valid.sum(1).double() / k_aux).clamp(max=1.0)
+
+
 def check_k_aux(op: str, k_aux: int | None, d: int) -> int:
     """`k_aux` or its default; any integer of at least 1 (more than D simply takes every dead latent)."""
     return default_k_aux(d) if k_aux is None else check_k(op, k_aux, 2**62, name="k_aux")
 
 
-def check_dead(op: str, dead: Tensor, n_latents: int) -> None:
-    """`dead` is an int64 vector of latents; their range is looked at on a CPU only (a GPU would be waited for)."""
+def check_dead(op: str, dead: Tensor, n_latents: int, heads: int | None = None) -> None:
+    """`dead` is an int64 vector of latents, or with heads a matrix of them padded with -1; their range is looked at on
+    a CPU only (a GPU would be waited for)."""
     check_tensor(op, "dead", dead, (torch.int64,), min_dim=1)
+    if heads is not None:
+        if dead.dim() != 2 or dead.shape[0] != heads:
+            raise ValueError(
+                f"{op}: dead must have shape [H, D] with H = W_enc.shape[0] = {heads}, because W_enc has a head axis: "
+                f"each head's distinct latents, then -1; got shape {tuple(dead.shape)}"
+            )
+        if dead.device.type == "cpu" and dead.numel():
+            if not -1 <= int(dead.min()) <= int(dead.max()) < n_latents:
+                raise ValueError(
+                    f"{op}: dead must hold latents in [0, F) with F = {n_latents}, or -1 behind them; "
+                    f"got {int(dead.min())} to {int(dead.max())}"
+                )
+            if ((dead[:, :-1] < 0) & (dead[:, 1:] >= 0)).any():
+                raise ValueError(f"{op}: dead must have -1 behind a head's latents only; got a latent after a -1")
+        return
     if dead.dim() != 1:
         raise ValueError(f"{op}: dead must be a vector [D] of distinct latents; got shape {tuple(dead.shape)}")
     if dead.device.type == "cpu" and dead.numel() and not 0 <= int(dead.min()) <= int(dead.max()) < n_latents:
@@ -134,3 +193,47 @@ def aux_k_gradients(
         dW_enc.addmm_(dacts.T, centred)
         db_enc += dacts.sum(0)
     return AuxGradients(loss * (scale / max(n, 1)), dW_enc, db_enc, dW_dec)
+
+
+@torch.no_grad()
+def aux_k_gradients_of_heads(
+    x: Tensor,
+    e: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    weight: float,
+) -> AuxGradients:
+    """The same with a head axis: x, e [H, N, d], dead [H, D]; gradients [H, D, d] and [H, D], loss [H]. Every product
+    is one for all heads, and nothing waits for the device.
+
+    Equivalent to: `aux_k_gradients` in a loop over heads, on `dead[h][dead[h] >= 0]`.
+    """
+    n_heads, n, _d = x.shape
+    valid, rows = dead >= 0, flat_rows(dead, W_enc.shape[1])
+    rows_enc, rows_dec, bias = (t.flatten(0, 1)[rows] for t in (W_enc, W_dec, b_enc[..., None]))
+    dW_enc, dW_dec = torch.zeros_like(rows_enc), torch.zeros_like(rows_dec)
+    db_enc = torch.zeros_like(bias[..., 0])
+    loss = bias.new_zeros(n_heads)
+    scale = aux_scales(valid, k_aux).to(bias.dtype)
+    chunk = max(1, CHUNK_ELEMENTS // (n_heads * dead.shape[1]))
+    for start in range(0, n, chunk):
+        centred = x[:, start : start + chunk].to(rows_enc.dtype) - b_dec[:, None]
+        acts = torch.baddbmm(bias.mT, centred, rows_enc.mT).relu_().masked_fill_(~valid[:, None], 0)
+        if k_aux < dead.shape[1]:
+            top = torch.topk(acts, k_aux, dim=2)
+            acts = acts.zero_().scatter_(2, top.indices, top.values)
+        error = torch.baddbmm(e[:, start : start + chunk].to(rows_dec.dtype), acts, rows_dec)
+        loss += error.square().sum((1, 2))
+        error *= (2 * weight / n) * scale[:, None, None]
+        dW_dec.baddbmm_(acts.mT, error)
+        dacts = torch.bmm(error, rows_dec.mT).mul_(acts != 0)
+        dW_enc.baddbmm_(dacts.mT, centred)
+        db_enc += dacts.sum(1)
+    # 0 times an infinite error would be NaN in a row that belongs to a living latent.
+    for gradient in (dW_enc, dW_dec, db_enc[..., None]):
+        gradient.masked_fill_(~valid[..., None], 0)
+    return AuxGradients(loss * scale / max(n, 1), dW_enc, db_enc, dW_dec)

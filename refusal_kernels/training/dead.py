@@ -23,6 +23,7 @@ class DeadLatents:
         dead_after_tokens: a latent is dead after this many tokens without firing (10 million in the literature).
         refresh_every: updates between two rebuilds of the list.
         device: where the counters live.
+        heads: H, for autoencoders with a head axis: counters and `fire_counts` are then [H, F], `rows` [H, D].
 
     Source: Gao et al., arXiv 2406.04093, section A.2 (AuxK).
     """
@@ -33,30 +34,34 @@ class DeadLatents:
         dead_after_tokens: int = 10_000_000,
         refresh_every: int = 10,
         device: torch.device | str | None = None,
+        heads: int | None = None,
     ) -> None:
         for name, value in (
             ("n_latents", n_latents),
             ("dead_after_tokens", dead_after_tokens),
             ("refresh_every", refresh_every),
+            ("heads", 1 if heads is None else heads),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"DeadLatents: {name} must be an integer of at least 1; got {value!r}")
         self.dead_after_tokens = dead_after_tokens
         self.refresh_every = refresh_every
-        self.tokens_since_fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        lead = () if heads is None else (heads,)
+        self.tokens_since_fired = torch.zeros(*lead, n_latents, dtype=torch.int64, device=device)
         self._updates = 0
-        self._rows = self.tokens_since_fired.new_empty(0)
+        self._rows = self.tokens_since_fired.new_empty(*lead, 0)
+        self._count = 0
         self._pending: tuple[Tensor, Tensor, Any] | None = None
 
     @property
     def rows(self) -> Tensor:
-        """int64 [D]: the dead latents of the last rebuild, ascending."""
+        """int64 [D]: the dead latents of the last rebuild, ascending. With heads [H, D]: each head's, then -1."""
         return self._rows
 
     @property
     def fraction(self) -> float:
         """D / F of the last rebuild."""
-        return self._rows.numel() / self.tokens_since_fired.numel()
+        return self._count / self.tokens_since_fired.numel()
 
     @torch.no_grad()
     def update(self, fire_counts: Tensor, n_tokens: int) -> None:
@@ -66,7 +71,7 @@ class DeadLatents:
         """
         if not isinstance(fire_counts, Tensor):
             raise TypeError(f"DeadLatents.update: fire_counts must be a tensor [F]; got {describe(fire_counts)}")
-        check_shape("DeadLatents.update", "fire_counts", fire_counts, tuple(self.tokens_since_fired.shape), "[F]")
+        check_shape("DeadLatents.update", "fire_counts", fire_counts, self._shape, self._axes)
         if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 0:
             raise ValueError(f"DeadLatents.update: n_tokens must be an integer of at least 0; got {n_tokens!r}")
         self.tokens_since_fired += n_tokens
@@ -79,12 +84,16 @@ class DeadLatents:
 
     def _rebuild(self) -> None:
         dead = self.tokens_since_fired >= self.dead_after_tokens
-        if dead.device.type != "cuda":
+        if dead.device.type != "cuda" and dead.dim() == 1:
             self._rows = dead.nonzero().squeeze(1)
+            self._count = self._rows.numel()
             return
         order = torch.argsort(dead, descending=True, stable=True)  # dead rows first, ascending
-        count = torch.empty((), dtype=torch.int64, pin_memory=True)
-        count.copy_(dead.sum(), non_blocking=True)
+        if dead.device.type != "cuda":
+            self._take(order, dead.sum(-1))
+            return
+        count = torch.empty(dead.shape[:-1], dtype=torch.int64, pin_memory=True)
+        count.copy_(dead.sum(-1), non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         self._pending = (order, count, arrived)
@@ -92,8 +101,24 @@ class DeadLatents:
     def _collect(self) -> None:
         order, count, arrived = self._pending  # type: ignore[misc]
         if arrived.query():
-            self._rows = order[: int(count)]
+            self._take(order, count)
             self._pending = None
+
+    def _take(self, order: Tensor, count: Tensor) -> None:
+        """`count` [] or [H] on the host, of the first entries of `order` [F] or [H, F]."""
+        self._count, longest = int(count.sum()), int(count.max())
+        self._rows = order[..., :longest]
+        if order.dim() == 2:
+            behind = torch.arange(longest) >= count[:, None]
+            self._rows = self._rows.masked_fill(behind.to(order.device, non_blocking=True), -1)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self.tokens_since_fired.shape)
+
+    @property
+    def _axes(self) -> str:
+        return "[F]" if self.tokens_since_fired.dim() == 1 else "[H, F]"
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and counters that continue the tracking exactly."""
@@ -113,10 +138,13 @@ class DeadLatents:
         for name in ("tokens_since_fired", "rows"):
             check_tensor("DeadLatents.load_state_dict", name, state[name], INDEX_DTYPES)
         tokens = state["tokens_since_fired"]
-        check_shape(
-            "DeadLatents.load_state_dict", "tokens_since_fired", tokens, tuple(self.tokens_since_fired.shape), "[F]"
-        )
+        check_shape("DeadLatents.load_state_dict", "tokens_since_fired", tokens, self._shape, self._axes)
+        rows = state["rows"]
+        if rows.dim() != tokens.dim() or rows.shape[:-1] != tokens.shape[:-1]:
+            form = "[D]" if tokens.dim() == 1 else f"[{tokens.shape[0]}, D]"
+            raise ValueError(f"DeadLatents.load_state_dict: rows must have shape {form}; got {tuple(rows.shape)}")
         self.tokens_since_fired.copy_(tokens)
-        self._rows = state["rows"].to(self.tokens_since_fired.device, torch.int64).clone()
+        self._rows = rows.to(self.tokens_since_fired.device, torch.int64).clone()
+        self._count = int((self._rows >= 0).sum())
         self._updates = int(state["updates"])
         self._pending = None

@@ -19,7 +19,7 @@ from ..backends import Request, requested_backend, select
 from ..backends.heads import run
 from ..checks import check_encoder, check_k, check_not_negative, check_number, compute_dtype, matmul_dtype
 from ..ops.library import without_autocast
-from .auxk import AuxGradients, aux_k_gradients, check_dead, check_k_aux
+from .auxk import AuxGradients, aux_k_gradients, aux_k_gradients_of_heads, check_dead, check_k_aux, flat_rows
 from .optimizer import SAEAdam, check_sae_parameters
 
 
@@ -65,7 +65,8 @@ def sae_step(
 
     With a head axis, which is there if and only if W_enc has three dimensions, H autoencoders take their step in one
     call: the gradients and updates are those of a loop over heads, that is of the sum of the H losses; `max_grad_norm`
-    of the optimizer is then the norm over all heads, and AuxK is not available.
+    of the optimizer is then the norm over all heads. With AuxK the gradients of all heads are written before the
+    optimizer moves anything.
 
     Frozen parameters, which do not require a gradient, get none and are not stepped.
 
@@ -78,7 +79,7 @@ def sae_step(
             least one must require a gradient.
         k: latents per token.
         dead: int64 [D], the distinct dead latents AuxK trains (see `DeadLatents.rows`); None or empty: no AuxK and no
-            cost.
+            cost. With heads [H, D]: each head's latents, then -1 up to the longest list.
         k_aux: dead latents per token, d // 2 by default.
         aux_alpha: weight of the AuxK term, at least 0.
         grad_scale: finite factor on all gradients, 1 / micro-batches for gradient accumulation.
@@ -102,12 +103,7 @@ def sae_step(
     aux_alpha = check_not_negative(op, "aux_alpha", aux_alpha)
     grad_scale = check_number(op, "grad_scale", grad_scale, "a finite number", math.isfinite)
     if dead is not None:
-        if W_enc.dim() == 3:
-            raise ValueError(
-                f"{op}: dead must be None where W_enc has a head axis, for which there is no AuxK; "
-                f"got a tensor of shape {tuple(dead.shape)}"
-            )
-        check_dead(op, dead, n_latents)
+        check_dead(op, dead, n_latents, W_enc.shape[0] if W_enc.dim() == 3 else None)
     parameters = (W_enc, b_enc, W_dec, b_dec)
     if optimizer is not None:
         if not isinstance(optimizer, SAEAdam):
@@ -161,7 +157,7 @@ class _Step:
             output = self._measure(values, indices, squares, aux)
             if optimizer is None:
                 self._accumulate(e, values, indices, aux)
-            elif self._can_fuse(optimizer):
+            elif self._can_fuse(optimizer) and (aux is None or self.heads is None):
                 self._fused_step(optimizer, e, values, indices, aux)
             else:
                 dW_enc, dW_dec = optimizer.gradient_buffers(self.ct)
@@ -184,7 +180,8 @@ class _Step:
             return None
         weight = self.aux_alpha * self.grad_scale
         args = (self.x, e, self.W_enc.to(self.ct), self.b_enc, self.W_dec.to(self.ct), self.b_dec)
-        return aux_k_gradients(*args, self.dead, self.k_aux, weight)
+        gradients = aux_k_gradients if self.heads is None else aux_k_gradients_of_heads
+        return gradients(*args, self.dead, self.k_aux, weight)
 
     def _measure(self, values: Tensor, indices: Tensor, squares: Tensor, aux: AuxGradients | None) -> SAEStepOutput:
         n = self.x.shape[-2]
@@ -221,10 +218,15 @@ class _Step:
         weights = (self.W_enc, self.W_dec, self.b_dec)
         self._primitive("sae_backward", e, self.x, values, indices, *weights, self._scale, dW_enc, db_enc, dW_dec)
         if aux is not None and self.dead is not None:
-            # Distinct rows, so index_add_ has one owner per row and stays deterministic.
-            dW_enc.index_add_(0, self.dead, aux.dW_enc)
-            dW_dec.index_add_(0, self.dead, aux.dW_dec)
-            db_enc.index_add_(0, self.dead, aux.db_enc)
+            # Distinct rows, so index_add_ has one owner per row and stays deterministic; padding adds zeros.
+            if self.heads is None:
+                rows = self.dead
+            else:
+                rows = flat_rows(self.dead, self.W_enc.shape[1]).flatten()
+            d = self.W_enc.shape[-1]
+            dW_enc.view(-1, d).index_add_(0, rows, aux.dW_enc.view(-1, d))
+            dW_dec.view(-1, d).index_add_(0, rows, aux.dW_dec.view(-1, d))
+            db_enc.view(-1).index_add_(0, rows, aux.db_enc.view(-1))
         W_enc = self.W_enc.to(self.ct)
         through = db_enc @ W_enc if self.heads is None else torch.bmm(db_enc[:, None], W_enc)[:, 0]
         return db_enc, self._b_dec_gradient(e, through)
