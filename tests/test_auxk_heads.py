@@ -122,7 +122,7 @@ def test_the_tracked_latents_of_one_head_get_gradients_by_auxk_alone():
     x, parameters = problem(torch.float32)
     with torch.no_grad():
         parameters[0][1, :5] *= 1e-6
-        parameters[1][1, :5] = 0
+        parameters[1][1, :5], parameters[1][1, 5:] = 0, 9
     tracker = rk.DeadLatents(F, dead_after_tokens=2 * N, refresh_every=1, heads=H)
     for _ in range(2):
         tracker.update(rk.sae_step(x, *parameters, K).fire_counts, N)
