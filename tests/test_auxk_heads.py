@@ -99,7 +99,7 @@ def test_padding_does_not_carry_a_broken_head_into_living_latents():
     x, (W_enc, b_enc, W_dec, b_dec) = problem(torch.float32)
     e = torch.randn_like(x)
     e[1, 0, 0] = torch.inf
-    gradients = auxk.aux_k_gradients_of_heads(x, e, W_enc, b_enc, W_dec, b_dec, DEAD, 3, 1.0)
+    gradients = auxk.aux_k_gradients(x, e, W_enc, b_enc, W_dec, b_dec, DEAD, 3, 1.0)
     for gradient in (gradients.dW_enc, gradients.dW_dec, gradients.db_enc):
         assert gradient.isfinite().all()
         assert not gradient[1].any()
@@ -170,3 +170,32 @@ def test_what_is_wrong_is_named(dead, message):
         rk.sae_step(x, *parameters, K, dead=dead)
     with pytest.raises((ValueError, TypeError), match=r"dead must be a vector \[D\]"):
         rk.sae_step(x[0], *of_head(parameters, 0), K, dead=DEAD)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_16_bit_products_are_those_of_autocast(monkeypatch, heads):
+    """What a GPU does: operands rounded to bf16, fp32 sums; beside autograd under autocast, against fp64."""
+    x, parameters = problem(torch.float32)
+    dead, k_aux = (DEAD, 5) if heads else (listed(0), 3)
+    if not heads:
+        x, parameters = x[0], of_head(parameters, 0)
+    W_enc, b_enc, W_dec, b_dec = parameters
+    e = torch.randn_like(x)
+
+    def by_autograd(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [p.detach().to(dtype).requires_grad_() for p in parameters]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            rk.aux_k_loss(x.to(dtype), -e.to(dtype), *leaves, dead, k_aux).sum().backward()
+        rows = auxk.flat_rows(dead, F) if heads else dead
+        gradients = [p.grad.reshape(-1, D)[rows].double() for p in (leaves[0], leaves[2])]
+        return [g.masked_fill((dead < 0)[..., None], 0) for g in gradients]
+
+    narrow = [W_enc.detach().bfloat16(), b_enc.detach(), W_dec.detach().bfloat16(), b_dec.detach()]
+    seen = []
+    monkeypatch.setattr(auxk, "_operands", lambda weights: seen.append(weights.dtype) or torch.bfloat16)
+    mine = auxk.aux_k_gradients(x, e, *narrow, dead, k_aux, 1.0)
+    assert seen == [torch.bfloat16]
+    others = by_autograd(torch.float32), by_autograd(torch.float64)
+    for actual, own, exact in zip((mine.dW_enc, mine.dW_dec), *others, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - exact).norm() <= 2 * (own - exact).norm() + 1e-2 * exact.norm()

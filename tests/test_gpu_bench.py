@@ -151,6 +151,9 @@ def test_predictions_follow_from_what_the_device_was_measured_to_do() -> None:
     assert model.predicted("encode, ours", CANONICAL, device) == pytest.approx(encode)
     moved = sum(f(CANONICAL) for f in (model.decode_bytes, model.transpose_bytes, model.fused_optimizer_bytes))
     assert model.predicted("step, ours", CANONICAL, device) == pytest.approx(encode + moved / 4000e9 * 1e3)
+    aux = model.predicted("step, ours, a tenth dead", CANONICAL, device)
+    products = 5 * 2 * 2**15 * 13107 * 2**12 / 800e12 * 1e3
+    assert aux == pytest.approx(encode + moved / 4000e9 * 1e3 + products)
     saved = 2 * 2**29 * (26 - 16) / 4000e9 * 1e3
     compact = model.predicted("step, ours compact", CANONICAL, device)
     assert compact == pytest.approx(encode + moved / 4000e9 * 1e3 - saved)

@@ -137,17 +137,19 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
         print(json.dumps({"shape": str(shape), "name": name, **results[name]}), flush=True)
         torch._dynamo.reset()
 
-    def ours(**state: Any) -> Any:
+    def ours(dead: Tensor | None = None, **state: Any) -> Any:
         optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False, **state)
 
         def call() -> Tensor:
             with torch.autocast(device, dtype=torch.bfloat16):
-                return rk.sae_step(x, *leaves, k, optimizer=optimizer, backend="triton").loss
+                return rk.sae_step(x, *leaves, k, dead=dead, optimizer=optimizer, backend="triton").loss
 
         return call
 
     if "ours" in columns:
         step("step, ours", ours)
+        dead = torch.arange(f // 10, device=device) * 10
+        step("step, ours, a tenth dead", lambda: ours(dead))
     if "sparse" in columns:
         step("step, sparse", lambda: peers.sparse_step(x, leaves, k))
     if "dense" in columns:

@@ -2,7 +2,7 @@
 
 The dead set is compacted first, [D, d] instead of [F, d], and everything after is dense matrix products over it: with
 k_aux in the hundreds a gather of k_aux rows per token moves far more bytes than the product. Tokens are taken in
-chunks, so that the [tokens, D] activations never exceed `CHUNK_ELEMENTS`.
+chunks, so that the [tokens, D] activations never exceed `CHUNK_ELEMENTS`, on a GPU `GPU_CHUNK_ELEMENTS`.
 
 With a head axis every head has its own dead latents. Their lists are padded with -1 to one length, so that the products
 of all heads are batched ones; padding takes part in them and counts for nothing.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checks import FLOAT_DTYPES, check_encoder, check_k, check_shape, check_tensor
 
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 22, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,37 @@ def check_dead(op: str, dead: Tensor, n_latents: int, heads: int | None = None) 
         )
 
 
+def _operands(weights: Tensor) -> torch.dtype | None:
+    """What the operands of the products are rounded to, as autocast rounds them; None: nothing, on a CPU and in fp32.
+    Sums are in fp32. On a GPU tensor cores take 16 bits at ten times the rate of fp32."""
+    return weights.dtype if weights.is_cuda and weights.dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _product(a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
+    """a @ b, of matrices or of batches of them."""
+    if operands is None:
+        return a @ b
+    a, b = a.to(operands), b.to(operands)
+    if not a.is_cuda:  # out_dtype is a GPU's
+        return a.float() @ b.float()
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+
+
+def _plus_product(base: Tensor, a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
+    if operands is None:
+        return (torch.addmm if a.dim() == 2 else torch.baddbmm)(base, a, b)
+    return _product(a, b, operands).add_(base)
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor, operands: torch.dtype | None) -> None:
+    if operands is not None:
+        sums += _product(a, b, operands)
+    elif a.dim() == 2:
+        sums.addmm_(a, b)
+    else:
+        sums.baddbmm_(a, b)
+
+
 @torch.no_grad()
 def aux_k_gradients(
     x: Tensor,
@@ -170,70 +201,47 @@ def aux_k_gradients(
 ) -> AuxGradients:
     """The gradients of `weight * aux_k_loss` for the dead rows, written out; e [N, d] = x_hat - x, so the target is -e.
 
-    Equivalent to autograd through `aux_k_loss` (tested), without keeping the [N, D] activations of the whole batch.
+    W_enc, W_dec in any dtype, biases and gradients in the one that sums are taken in. With a head axis: x, e
+    [H, N, d], dead [H, D]; gradients [H, D, d] and [H, D], loss [H]. Every product is then one for all heads. Nothing
+    waits for the device.
+
+    Equivalent to autograd through `aux_k_loss` (tested), without keeping the [N, D] activations of the whole batch;
+    with heads to a loop, on `dead[h][dead[h] >= 0]`.
     """
-    n, _d = x.shape
-    rows_enc, rows_dec, bias = W_enc[dead], W_dec[dead], b_enc[dead]
-    n_dead = dead.numel()
-    dW_enc, dW_dec, db_enc = torch.zeros_like(rows_enc), torch.zeros_like(rows_dec), torch.zeros_like(bias)
-    loss = x.new_zeros((), dtype=bias.dtype)
-    scale = aux_scale(n_dead, k_aux)
-    chunk = max(1, CHUNK_ELEMENTS // n_dead)
-    for start in range(0, n, chunk):
-        centred = x[start : start + chunk].to(rows_enc.dtype) - b_dec
-        acts = torch.addmm(bias, centred, rows_enc.T).relu_()
-        if k_aux < n_dead:
-            top = torch.topk(acts, k_aux, dim=1)
-            acts = acts.zero_().scatter_(1, top.indices, top.values)
-        error = torch.addmm(e[start : start + chunk].to(rows_dec.dtype), acts, rows_dec)  # acts W_dec + e
-        loss += error.square().sum()
-        error *= 2 * weight * scale / n
-        dW_dec.addmm_(acts.T, error)
-        dacts = (error @ rows_dec.T).mul_(acts != 0)
-        dW_enc.addmm_(dacts.T, centred)
-        db_enc += dacts.sum(0)
-    return AuxGradients(loss * (scale / max(n, 1)), dW_enc, db_enc, dW_dec)
-
-
-@torch.no_grad()
-def aux_k_gradients_of_heads(
-    x: Tensor,
-    e: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    dead: Tensor,
-    k_aux: int,
-    weight: float,
-) -> AuxGradients:
-    """The same with a head axis: x, e [H, N, d], dead [H, D]; gradients [H, D, d] and [H, D], loss [H]. Every product
-    is one for all heads, and nothing waits for the device.
-
-    Equivalent to: `aux_k_gradients` in a loop over heads, on `dead[h][dead[h] >= 0]`.
-    """
-    n_heads, n, _d = x.shape
-    valid, rows = dead >= 0, flat_rows(dead, W_enc.shape[1])
-    rows_enc, rows_dec, bias = (t.flatten(0, 1)[rows] for t in (W_enc, W_dec, b_enc[..., None]))
+    n, ct = x.shape[-2], b_enc.dtype
+    operands = _operands(W_enc)
+    if dead.dim() == 1:
+        rows_enc, rows_dec, bias = W_enc[dead].to(ct), W_dec[dead].to(ct), b_enc[dead][None]
+        padding, shift = None, b_dec
+        scale: Tensor | float = aux_scale(dead.numel(), k_aux)
+    else:
+        rows = flat_rows(dead, W_enc.shape[1])
+        rows_enc, rows_dec = (t.flatten(0, 1)[rows].to(ct) for t in (W_enc, W_dec))
+        bias = b_enc.flatten()[rows][:, None]
+        padding, shift = (dead < 0)[:, None], b_dec[:, None]
+        scale = aux_scales(dead >= 0, k_aux).to(ct)
     dW_enc, dW_dec = torch.zeros_like(rows_enc), torch.zeros_like(rows_dec)
-    db_enc = torch.zeros_like(bias[..., 0])
-    loss = bias.new_zeros(n_heads)
-    scale = aux_scales(valid, k_aux).to(bias.dtype)
-    chunk = max(1, CHUNK_ELEMENTS // (n_heads * dead.shape[1]))
+    db_enc = torch.zeros(dead.shape, dtype=ct, device=x.device)
+    loss = torch.zeros(dead.shape[:-1], dtype=ct, device=x.device)
+    chunk = max(1, (GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // dead.numel())
     for start in range(0, n, chunk):
-        centred = x[:, start : start + chunk].to(rows_enc.dtype) - b_dec[:, None]
-        acts = torch.baddbmm(bias.mT, centred, rows_enc.mT).relu_().masked_fill_(~valid[:, None], 0)
-        if k_aux < dead.shape[1]:
-            top = torch.topk(acts, k_aux, dim=2)
-            acts = acts.zero_().scatter_(2, top.indices, top.values)
-        error = torch.baddbmm(e[:, start : start + chunk].to(rows_dec.dtype), acts, rows_dec)
-        loss += error.square().sum((1, 2))
-        error *= (2 * weight / n) * scale[:, None, None]
-        dW_dec.baddbmm_(acts.mT, error)
-        dacts = torch.bmm(error, rows_dec.mT).mul_(acts != 0)
-        dW_enc.baddbmm_(dacts.mT, centred)
-        db_enc += dacts.sum(1)
-    # 0 times an infinite error would be NaN in a row that belongs to a living latent.
-    for gradient in (dW_enc, dW_dec, db_enc[..., None]):
-        gradient.masked_fill_(~valid[..., None], 0)
-    return AuxGradients(loss * scale / max(n, 1), dW_enc, db_enc, dW_dec)
+        part = slice(start, start + chunk)
+        centred = x[..., part, :].to(ct) - shift
+        acts = _plus_product(bias, centred, rows_enc.mT, operands).relu_()
+        if padding is not None:
+            acts.masked_fill_(padding, 0)
+        if k_aux < dead.shape[-1]:
+            top = torch.topk(acts, k_aux, dim=-1, sorted=False)
+            acts = acts.zero_().scatter_(-1, top.indices, top.values)
+        error = _plus_product(e[..., part, :].to(ct), acts, rows_dec, operands)  # acts W_dec + e
+        loss += error.square().sum((-2, -1))
+        error *= scale[:, None, None] * (2 * weight / n) if isinstance(scale, Tensor) else 2 * weight * scale / n
+        _add_product(dW_dec, acts.mT, error, operands)
+        dacts = _product(error, rows_dec.mT, operands).mul_(acts != 0)
+        _add_product(dW_enc, dacts.mT, centred, operands)
+        db_enc += dacts.sum(-2)
+    if padding is not None:
+        # 0 times an infinite error would be NaN in a row that belongs to a living latent.
+        for gradient in (dW_enc, dW_dec, db_enc[..., None]):
+            gradient.masked_fill_(padding.mT, 0)
+    return AuxGradients(loss * (scale / max(n, 1)), dW_enc, db_enc, dW_dec)

@@ -19,7 +19,7 @@ from ..backends import Request, requested_backend, select
 from ..backends.heads import run
 from ..checks import check_encoder, check_k, check_not_negative, check_number, compute_dtype, matmul_dtype
 from ..ops.library import without_autocast
-from .auxk import AuxGradients, aux_k_gradients, aux_k_gradients_of_heads, check_dead, check_k_aux, flat_rows
+from .auxk import AuxGradients, aux_k_gradients, check_dead, check_k_aux, flat_rows
 from .optimizer import SAEAdam, check_sae_parameters
 
 
@@ -179,9 +179,8 @@ class _Step:
         if self.dead is None:
             return None
         weight = self.aux_alpha * self.grad_scale
-        args = (self.x, e, self.W_enc.to(self.ct), self.b_enc, self.W_dec.to(self.ct), self.b_dec)
-        gradients = aux_k_gradients if self.heads is None else aux_k_gradients_of_heads
-        return gradients(*args, self.dead, self.k_aux, weight)
+        args = (self.x, e, self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return aux_k_gradients(*args, self.dead, self.k_aux, weight)
 
     def _measure(self, values: Tensor, indices: Tensor, squares: Tensor, aux: AuxGradients | None) -> SAEStepOutput:
         n = self.x.shape[-2]
