@@ -191,10 +191,11 @@ def test_16_bit_products_are_those_of_autocast(monkeypatch, heads):
         return [g.masked_fill((dead < 0)[..., None], 0) for g in gradients]
 
     narrow = [W_enc.detach().bfloat16(), b_enc.detach(), W_dec.detach().bfloat16(), b_dec.detach()]
-    seen = []
-    monkeypatch.setattr(auxk, "_operands", lambda weights: seen.append(weights.dtype) or torch.bfloat16)
+    monkeypatch.setattr(auxk, "_operands", lambda weights: weights.dtype)
     mine = auxk.aux_k_gradients(x, e, *narrow, dead, k_aux, 1.0)
-    assert seen == [torch.bfloat16]
+    monkeypatch.setattr(auxk, "_operands", lambda weights: None)
+    wide = auxk.aux_k_gradients(x, e, *narrow, dead, k_aux, 1.0)
+    assert not torch.equal(mine.dW_enc, wide.dW_enc)
     others = by_autograd(torch.float32), by_autograd(torch.float64)
     for actual, own, exact in zip((mine.dW_enc, mine.dW_dec), *others, strict=True):
         assert actual.dtype == torch.float32
