@@ -159,3 +159,11 @@ def emulated_backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = emulation(tmp_path_factory, "sae_backward")
     loaded.emulate_sae_backward.restype = ctypes.c_char_p
     return loaded
+
+
+@pytest.fixture(scope="session")
+def emulated_projection(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/cuda/projection_block.h, by as many fibers as a cluster of blocks has threads."""
+    loaded = emulation(tmp_path_factory, "projection")
+    loaded.emulate_projection.restype = ctypes.c_char_p
+    return loaded
