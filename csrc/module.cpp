@@ -11,6 +11,7 @@
 
 #include "build_config.h"
 #include "cpu/isa.h"
+#include "cuda/projection.h"
 #include "cuda/row_filter.h"
 #include "cuda/sae_backward.h"
 #include "cuda/sparse_decode.h"
@@ -100,10 +101,18 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
     threads = shape.block;
     grid = backward_grid(0, n_latents, cut);
     workspace = cut.chunks > 1 ? 4 * n * k : 0;  // dot products
+  } else if (op == "project_out") {  // of F matrices with d vectors of N numbers, k columns of the basis
+    fits = k >= 1 && k <= kMostRanks;
+    const ProjectionShape& shape = kProjectionShapes[projection_shape(fits ? k : kMostRanks)];
+    split.lanes = 32 * shape.crew_warps() / shape.row_lanes();
+    threads = kProjectionThreads;
+    const int64_t blocks = n_latents * fibre_blocks(d) * projection_team(n, shape);
+    grid = {(blocks + kClusterBlocks - 1) / kClusterBlocks * kClusterBlocks, 1};
+    workspace = sm < 90 ? grid.x * shape.numbers() * 4 : 0;  // parts of U^T G where there are no clusters
   } else {
     throw py::value_error(
-        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight, row_filter or sae_backward; "
-        "got '" +
+        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight, row_filter, sae_backward or "
+        "project_out; got '" +
         op + "'");
   }
   py::dict result;

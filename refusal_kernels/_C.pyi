@@ -28,11 +28,12 @@ def plan(op: str, shape: tuple[int, int, int, int], dtype: str, sm: int) -> Plan
     """How a CUDA kernel cuts up a problem, from the functions its launcher uses, for 16-byte aligned tensors.
 
     Args:
-        op: "sparse_decode", "sparse_decode_dvalues", "sparse_decode_dweight", "row_filter" or "sae_backward" (without
-            what hot latents add to its grid and workspace).
-        shape: (N, d, F, k); of row_filter's chunk N rows and F columns.
+        op: "sparse_decode", "sparse_decode_dvalues", "sparse_decode_dweight", "row_filter", "sae_backward" (without
+            what hot latents add to its grid and workspace) or "project_out".
+        shape: (N, d, F, k); of row_filter's chunk N rows and F columns; F matrices for project_out, each with d vectors
+            of N numbers, and a basis of k columns.
         dtype: "float32", "bfloat16" or "float16".
-        sm: compute capability, at least 80. The plan is the same for all of them so far.
+        sm: compute capability, at least 80. Below 90 project_out has no clusters and needs a workspace.
 
     Raises:
         ValueError: an argument is not one of these.

@@ -165,5 +165,5 @@ def emulated_backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def emulated_projection(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """csrc/cuda/projection_block.h, by as many fibers as a cluster of blocks has threads."""
     loaded = emulation(tmp_path_factory, "projection")
-    loaded.emulate_projection.restype = ctypes.c_char_p
+    loaded.emulate_projection.restype = loaded.emulate_table.restype = ctypes.c_char_p
     return loaded

@@ -110,8 +110,8 @@ def test_reasons_name_device_dtype_and_missing_kernels():
     triton = backends.BACKENDS["triton"].not_supported_reasons("topk_encode", Request("cpu", torch.float64))
     assert any("not on cpu" in r for r in triton)
     assert any("not float64" in r for r in triton)
-    cuda = backends.BACKENDS["cuda"].not_supported_reasons("project_out", Request("cuda", torch.float32))
-    assert any("has no kernel for" in r and "project_out_grouped" in r for r in cuda)
+    cuda = backends.BACKENDS["cuda"].not_supported_reasons("batch_topk_encode", Request("cuda", torch.float32))
+    assert any("has no kernel for" in r and "csr_encode_backward" in r for r in cuda)
     for op in ("topk_encode", "sae_step"):
         large_k = backends.BACKENDS["cuda"].not_supported_reasons(op, Request("cuda", torch.float32, k=257))
         assert "its row filter takes k up to 256, not 257" in large_k

@@ -19,8 +19,14 @@ from refusal_kernels import native
 from refusal_kernels.backends.cuda import FILTER_CAPACITY, FILTER_MOST_K
 
 # Kernels of each file: three row types, three splits of a row, two sums and one product; loads of 4 numbers or of one;
-# three row types, six aligned shapes, two that are not, two for wide rows and their two products, and one sum of parts.
-KERNELS = {"sparse_decode.cu": 27, "row_filter.cu": 2, "sae_backward.cu": 3 * (6 + 2 + 2 + 2) + 1}
+# three row types, six aligned shapes, two that are not, two for wide rows and their two products, and one sum of parts;
+# six widths of a basis, in clusters or in two launches.
+KERNELS = {
+    "sparse_decode.cu": 27,
+    "row_filter.cu": 2,
+    "sae_backward.cu": 3 * (6 + 2 + 2 + 2) + 1,
+    "projection.cu": 6 * 3,
+}
 ARCHITECTURES = ("80", "90a", "100", "120")  # csrc/cuda/CMakeLists.txt, the default
 
 
@@ -114,6 +120,20 @@ def test_plan_of_the_latent_major_backward(d, dtype, vector, team, threads, chun
         "vector": vector, "lanes": team, "threads": threads, "grid": (-(-4099 * team // threads), chunks), "fits": True,
         "workspace_bytes": 4 * 16000 * (chunks > 1),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("n", "r", "lanes", "team", "width"),
+    [(4096, 8, 2, 2, 8), (14336, 16, 4, 8, 16), (4096, 64, 16, 8, 64), (1024, 50, 16, 4, 64), (511, 256, 64, 4, 256)],
+)
+def test_plan_of_the_projection(n: int, r: int, lanes: int, team: int, width: int) -> None:
+    plan = extension().plan("project_out", (n, 40, 7, r), "bfloat16", 90)
+    blocks = -(-7 * 3 * team // 8) * 8
+    assert plan == {
+        "vector": 8, "lanes": lanes, "threads": 256, "grid": (blocks, 1), "fits": True, "workspace_bytes": 0
+    }  # fmt: skip
+    assert extension().plan("project_out", (n, 40, 7, r), "float32", 80)["workspace_bytes"] == blocks * width * 64
+    assert not extension().plan("project_out", (n, 40, 7, 257), "float32", 90)["fits"]
 
 
 @pytest.mark.parametrize(

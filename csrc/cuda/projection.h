@@ -13,6 +13,7 @@ inline constexpr int kBlockFibres = 16;  // of a block: the rank of a LoRA
 inline constexpr int kProjectionThreads = 256;
 inline constexpr int kClusterBlocks = 8;  // of a cluster: the most that every device with clusters takes
 inline constexpr int kMostRanks = 256;
+inline constexpr int kMatrixBytes = 88;
 
 // How a warp's lanes share a row of the basis and 16 fibres of the matrix: a lane has 8 columns of the basis, 8 fibres
 // and every row_lanes-th row, so 64 sums, which stay in registers. A crew (a warp, or two where a warp has 8 fibres)
@@ -49,10 +50,10 @@ struct ProjectionShape {
   constexpr int numbers() const {  // of U^T G
     return ranks * kBlockFibres;
   }
-  // The crews' slots; the block's part of U^T G and the sum of all parts; where its fibres begin. Two blocks a
-  // multiprocessor where it has 228 KB, one where it has 100.
+  // The crews' slots; the block's part of U^T G and the sum of all parts; where its fibres begin; its matrix. Two blocks
+  // a multiprocessor where it has 228 KB, one where it has 100.
   constexpr int shared_bytes() const {
-    return crews() * stages * slot_bytes() + 2 * numbers() * 4 + kBlockFibres * 8;
+    return crews() * stages * slot_bytes() + 2 * numbers() * 4 + kBlockFibres * 8 + kMatrixBytes;
   }
 };
 
@@ -100,7 +101,7 @@ struct ProjectionMatrix {
   int32_t wide_basis;  // whether rows of the basis begin at 16-byte boundaries
   int32_t unused;
 };
-static_assert(sizeof(ProjectionMatrix) == 88);
+static_assert(sizeof(ProjectionMatrix) == kMatrixBytes);
 
 // What a block works on: a slab of 16 fibres of a matrix, with `team` blocks of its cluster, of which it is the rank-th.
 struct ProjectionItem {

@@ -31,13 +31,15 @@ struct alignas(kNumbers * 2) Halves {
   uint16_t number[kNumbers];
 };
 
-// Every lane of a group of kLanes, `distance` from each other, brings kValues numbers; it gets kValues / kLanes of the
-// sums over the group, those from its number in the group times that many on. Destroys `value`.
-template <class Block, int kLanes, int kDistance, int kValues>
+// Every lane of a group of kLanes, kDistance from each other, brings kValues numbers and gets kValues / kLanes of the sums
+// over the group: those from its number in the group times that many on. Destroys `value`. kOwnFirst: a lane brings its
+// numbers in the order of their distance (xor) from the first that it gets, so that it never has to choose between two
+// registers.
+template <class Block, int kLanes, int kDistance, bool kOwnFirst, int kValues>
 RK_LANE void reduce_scatter(float (&value)[kValues]) {
   RK_UNROLL
   for (int half = kLanes / 2, kept = kValues / 2; half > 0; half /= 2, kept /= 2) {
-    const bool upper = Block::lane() / (kDistance * half) % 2 != 0;
+    const bool upper = !kOwnFirst && Block::lane() / (kDistance * half) % 2 != 0;
     RK_UNROLL
     for (int i = 0; i < kValues / 2; ++i) {
       if (i < kept) {
@@ -59,20 +61,24 @@ struct Slab {
   static constexpr int kSlotBytes = kShape.slot_bytes(), kTileRows = kShape.rows(), kNumbers = kShape.numbers();
   static constexpr int kHalf = kRanks / 2;  // a lane's 8 columns are 4 in each half: 16-byte loads without conflicts
 
-  const ProjectionMatrix& m;
   unsigned char* const slots;  // of the crew
   float* const part;           // of the block, [kRanks, 16]
   float* const sums;           // of the team
   int64_t* const places;       // of the block's fibres in `numbers`
+  const ProjectionMatrix& m;   // in shared memory: what is read through a reference is read again after every copy
   int fibres, begin, end, tiles;
   int crew, member, rank_lane, fibre_lane, row_lane;
 
   RK_LANE Slab(const ProjectionMatrix& matrix, const ProjectionItem& item, unsigned char* memory)
-      : m(matrix),
-        slots(memory + Block::thread() / kCrewThreads * kStages * kSlotBytes),
+      : slots(memory + Block::thread() / kCrewThreads * kStages * kSlotBytes),
         part(reinterpret_cast<float*>(memory + kCrews * kStages * kSlotBytes)),
         sums(part + kNumbers),
-        places(reinterpret_cast<int64_t*>(sums + kNumbers)) {
+        places(reinterpret_cast<int64_t*>(sums + kNumbers)),
+        m(*reinterpret_cast<const ProjectionMatrix*>(places + kBlockFibres)) {
+    if (Block::thread() < kMatrixBytes / 8) {
+      places[kBlockFibres + Block::thread()] = reinterpret_cast<const int64_t*>(&matrix)[Block::thread()];
+    }
+    Block::barrier();
     const int64_t first = static_cast<int64_t>(item.fibres) * kBlockFibres;
     fibres = static_cast<int>(m.fibres - first < kBlockFibres ? m.fibres - first : kBlockFibres);
     const int64_t all = (m.n + kTileRows - 1) / kTileRows;
@@ -132,8 +138,16 @@ struct Slab {
     const float* const basis = m.basis;
     const bool wide = m.wide_basis != 0;
     float* const to = basis_in(tile);
+    if (wide && r == kRanks && first + kRows <= end) {  // one piece of memory
+      const float* const from = basis + static_cast<int64_t>(first) * kRanks + member * 4;
+      RK_UNROLL
+      for (int i = 0; i < 4 * kCrewThreads; i += kCrewThreads) {
+        Block::copy16(to + (member + i) * 4, from + i * 4, 16);
+      }
+      return;
+    }
     RK_ROLLED  // beside 64 sums there is no room for more than one address
-    for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4; ++i) {
       const int at = member + i * kCrewThreads, row = first + at / kQuads, column = at % kQuads * 4;
       const int there = row < end ? r - column : 0;
       const float* const from = basis + (there > 0 ? static_cast<int64_t>(row) * r + column : 0);
@@ -151,7 +165,6 @@ struct Slab {
   RK_LANE void ask_for_matrix(int tile) const {
     const int first = first_row(tile);
     float* const to = matrix_in(tile);
-    // In registers: what is read through a reference is read again after every copy.
     const int64_t stride = m.row_stride;
     const Way way = m.way;
     const RowType type = m.type;
@@ -271,7 +284,7 @@ struct Slab {
 
   RK_LANE void sum_of_crews(float (&sum)[64]) const {
     constexpr int kOwn = 64 / kRowLanes;
-    reduce_scatter<Block, kRowLanes, kRankLanes * kFibreLanes>(sum);
+    reduce_scatter<Block, kRowLanes, kRankLanes * kFibreLanes, false>(sum);
     for (int turn = 0; turn < kCrews; ++turn) {
       if (turn == crew) {
         // Every row lane has its share of the 64: which, is known at run time only.
@@ -319,8 +332,8 @@ struct Slab {
 
   // ---- update --------------------------------------------------------------------------------------------------------
 
-  // Strength where a fibre is to be projected, else 0, for the lane's 8 fibres.
-  RK_LANE void choose(float strength, float (&factor)[8]) const {
+  // Strength where a fibre is to be projected, else 0, for the lane's 8 fibres, in the order of first ^ i.
+  RK_LANE void choose(float strength, int first, float (&factor)[8]) const {
     constexpr int kParts = kRanks < 16 ? kRanks : 16;
     if (m.against != nullptr) {
       // `part` is free: the team has read it.
@@ -339,7 +352,7 @@ struct Slab {
       if (m.against != nullptr) {
         float product = 0;
         for (int other = 0; other < kParts; ++other) {
-          product += part[other * kBlockFibres + fibre(i)];
+          product += part[other * kBlockFibres + fibre(i ^ first)];
         }
         factor[i] = product < 0.f ? strength : 0.f;
       }
@@ -349,20 +362,16 @@ struct Slab {
   // kResident: the ring holds the last tiles.
   template <bool kResident>
   RK_LANE void update(float strength) const {
-    // Rows whose changes a warp adds up over its rank lanes together: every lane gets one at least.
+    // Rows whose changes a warp adds up over its rank lanes together: every lane gets one number at least.
     constexpr int kBatch = kRankLanes < 8 ? 1 : kRankLanes == 32 ? 4 : 2;
     constexpr int kOwn = kBatch * 8 / kRankLanes, kWide = kOwn < 4 ? kOwn : 4;
-    float factor[8], c[64];  // [8 columns, 8 fibres]
-    choose(strength, factor);
+    const int own = rank_lane * kOwn;  // of [kBatch rows, 8 fibres]; the lane's numbers are in the order of own ^ i
+    float factor[8], c[64];            // [8 columns, 8 fibres]
+    choose(strength, own % 8, factor);
     RK_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      float row[8];
-      const float* const at = sums + column(i) * kBlockFibres + fibre(0);
-      read8(at, at + 8, row);
-      RK_UNROLL
-      for (int j = 0; j < 8; ++j) {
-        c[i * 8 + j] = factor[j] != 0.f ? row[j] * factor[j] : 0.f;  // a fibre left alone may have NaN
-      }
+    for (int i = 0; i < 64; ++i) {
+      const float number = sums[column(i / 8) * kBlockFibres + fibre(i % 8 ^ own % 8)];
+      c[i] = factor[i % 8] != 0.f ? number * factor[i % 8] : 0.f;  // a fibre left alone may have NaN
     }
     if (!kResident) {
       for (int back = 1; back < kStages; ++back) {
@@ -382,16 +391,16 @@ struct Slab {
         RK_UNROLL
         for (int i = 0; i < kBatch; ++i) {
           float u[8];
-          read_basis(tile, first + i, u);
+          read_basis(tile, first + (i ^ own / 8), u);
           RK_UNROLL
           for (int j = 0; j < 64; ++j) {
             change[i * 8 + j % 8] += u[j / 8] * c[j];
           }
         }
-        reduce_scatter<Block, kRankLanes, 1>(change);
+        reduce_scatter<Block, kRankLanes, 1, true>(change);
         RK_UNROLL
         for (int i = 0; i < kOwn; i += kWide) {
-          const int at = rank_lane * kOwn + i;
+          const int at = own + i;
           store<kWide>(tile, row(first + at / 8), fibre(at % 8), change + i);
         }
       }

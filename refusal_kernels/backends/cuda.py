@@ -2,12 +2,14 @@
 
 topk_encode is the chunked encoder of the Triton back-end (cuBLAS and, for b_dec, Triton kernels) with the row filter of
 csrc/cuda in the place of Triton's. Its gradient is Triton's, as are the pass that decodes and takes the residual and
-Adam: so the encoder and the training step, whose latent-major backward is csrc/cuda's, need Triton as well.
+Adam: so the encoder and the training step, whose latent-major backward is csrc/cuda's, need Triton as well. So does the
+projection: a basis of more than 256 columns goes to Triton's kernels, in the same call.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +29,14 @@ _PRIMITIVES = {
     "sae_backward": "sae_backward",
     "adam_rows": "sae_backward",
     "adam_compact_rows": "sae_backward",
+    "project_out": "project_out_in_place",
+    "project_out_grouped": "project_out_by_table",
 }
-_NEED_TRITON = ("topk_encode", "sae_step", "sae_adam")
+_NEED_TRITON = ("topk_encode", "sae_step", "sae_adam", "project_out", "projected_adam")
 # csrc/cuda/row_filter.h: keys of a row's list, and the largest k.
 FILTER_CAPACITY, FILTER_MOST_K = 512, 256
+# csrc/cuda/projection.h: the padded widths of bases; each is a kernel of its own.
+PROJECTION_RANKS = (8, 16, 32, 64, 128, 256)
 
 
 def _of_triton(name: str) -> Any:
@@ -148,6 +154,48 @@ class CudaBackend(Backend):
             dW_dec.view(-1, d),
             accumulate,
         )
+
+    def project_out(self, g: Tensor, dim: int, basis: Tensor, strength: float, against: Tensor | None) -> Tensor:
+        """As in refusal_kernels.reference; one pass more than in place, for the copy."""
+        if basis.shape[1] > PROJECTION_RANKS[-1]:
+            return TritonBackend().project_out(g, dim, basis, strength, against)
+        out = g.clone(memory_format=torch.contiguous_format)
+        if out.numel() > 0 and basis.shape[1] > 0:
+            self._operator("project_out_in_place")(out, dim, basis, strength, against)
+        return out
+
+    def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
+        """One launch a call where all bases are of one padded width, as they are as a rule; else one for each width."""
+        tensors, dims, bases, basis_of, against, against_of, strength = arguments
+        groups: dict[int, list[int]] = {}  # padded width -> entries; 0: what Triton takes
+        for i, (tensor, b) in enumerate(zip(tensors, basis_of, strict=True)):
+            if tensor.numel() > 0 and (r := bases[b].shape[1]) > 0:
+                groups.setdefault(next((width for width in PROJECTION_RANKS if width >= r), 0), []).append(i)
+        launches, rest = [], None
+        for width, members in groups.items():
+            chosen, of_dims, of_bases, of_against = (
+                [each[i] for i in members] for each in (tensors, dims, basis_of, against_of)
+            )
+            group = chosen, of_dims, bases, of_bases, against, of_against
+            if width == 0:
+                rest = TritonBackend().prepare_projection(*group, strength)
+                continue
+            table, items, shape = self._operator("projection_table")(*group)
+            launches.append((table.to(chosen[0].device), items.to(chosen[0].device), shape))
+        launch = self._operator("project_out_by_table")
+        held = (tensors, bases, against)  # the tables have their addresses
+
+        def run(held: Any = held) -> None:
+            for table, items, shape in launches:
+                launch(table, items, shape, strength)
+            if rest is not None:
+                rest()
+
+        return run
+
+    def project_out_grouped(self, *arguments: Any) -> None:
+        """As in refusal_kernels.reference."""
+        self.prepare_projection(*arguments)()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or (bound := self.primitive(name)) is None:

@@ -1,5 +1,6 @@
 // projection_block.h on the CPU, for tests/test_cuda_projection.py: the launches of projection.cu, a cluster of blocks (or
 // a block) after another.
+#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -109,8 +110,9 @@ struct EmulatedBlock {
 // `work` in every thread of every block, `together` blocks at a time.
 template <class F>
 void launch(int64_t blocks, int together, size_t bytes, bool reversed, const F& work) {
+  constexpr size_t kGuard = 256;  // behind each block's memory: nobody writes there
   EmulatedBlock::blocks = together;
-  EmulatedBlock::block_bytes = (bytes + 15) / 16 * 16;
+  EmulatedBlock::block_bytes = (bytes + 15) / 16 * 16 + kGuard;
   const size_t all = EmulatedBlock::block_bytes * static_cast<size_t>(together);
   EmulatedBlock::memory = static_cast<unsigned char*>(std::aligned_alloc(16, all));
   const std::unique_ptr<void, decltype(&std::free)> owner(EmulatedBlock::memory, &std::free);
@@ -123,6 +125,12 @@ void launch(int64_t blocks, int together, size_t bytes, bool reversed, const F& 
           work(static_cast<int>(first) + block, EmulatedBlock::memory + block * EmulatedBlock::block_bytes);
         },
         reversed, EmulatedBlock::larger_groups());
+    for (int block = 0; block < together; ++block) {
+      const unsigned char* const end = EmulatedBlock::memory + (block + 1) * EmulatedBlock::block_bytes;
+      if (std::any_of(end - kGuard, end, [](unsigned char byte) { return byte != 0xff; })) {
+        throw std::runtime_error("a store beyond a block's memory");
+      }
+    }
   }
 }
 
@@ -143,6 +151,51 @@ void run(const ProjectionArgs& args, int64_t blocks, int cluster, bool reversed)
   });
 }
 
+char* pointer(int64_t number) {
+  return reinterpret_cast<char*>(static_cast<uintptr_t>(number));
+}
+
+void read_from(const int64_t* readable, int64_t ranges) {
+  Fibers::readable.clear();
+  for (int64_t i = 0; i < ranges; ++i) {
+    Fibers::readable.emplace_back(pointer(readable[2 * i]), pointer(readable[2 * i + 1]));
+  }
+}
+
+// cluster 0: without.
+const char* emulate(ProjectionArgs args, int64_t blocks, int cluster, int shape, bool reversed) {
+  static char message[200];
+  std::vector<float> parts(cluster > 0 ? 0 : static_cast<size_t>(blocks * kProjectionShapes[shape].numbers()));
+  args.parts = parts.data();
+  try {
+    const auto with = [&]<int kIndex>() { run<kIndex>(args, blocks, cluster, reversed); };
+    static_assert(kProjectionForms == 6);
+    switch (shape) {
+      case 0:
+        with.template operator()<0>();
+        break;
+      case 1:
+        with.template operator()<1>();
+        break;
+      case 2:
+        with.template operator()<2>();
+        break;
+      case 3:
+        with.template operator()<3>();
+        break;
+      case 4:
+        with.template operator()<4>();
+        break;
+      default:
+        with.template operator()<5>();
+    }
+  } catch (const std::exception& error) {
+    std::strncpy(message, error.what(), sizeof message - 1);
+    return message;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 // `entries`: for each tensor address, type, dim, address of its basis, r, address of its direction or 0, number of
@@ -151,8 +204,6 @@ void run(const ProjectionArgs& args, int64_t blocks, int cluster, bool reversed)
 extern "C" const char* emulate_projection(
     const int64_t* entries, int64_t count, const int64_t* readable, int64_t ranges, float strength, int32_t shape,
     int32_t form, int32_t reversed, int32_t* ways, int64_t* blocks) {
-  static char message[200];
-  const auto pointer = [](int64_t number) { return reinterpret_cast<char*>(static_cast<uintptr_t>(number)); };
   std::vector<ProjectionMatrix> table;
   for (int64_t i = 0; i < count; ++i) {
     ProjectionMatrix like{};
@@ -165,10 +216,7 @@ extern "C" const char* emulate_projection(
     add_matrices(table, like, {sizes, strides}, {strides, strides + dims}, static_cast<size_t>(entries[2]));
     entries = strides + dims;
   }
-  Fibers::readable.clear();
-  for (int64_t i = 0; i < ranges; ++i) {
-    Fibers::readable.emplace_back(pointer(readable[2 * i]), pointer(readable[2 * i + 1]));
-  }
+  read_from(readable, ranges);
   *ways = 0;
   for (const ProjectionMatrix& m : table) {
     *ways |= 1 << static_cast<int>(m.way);
@@ -185,35 +233,17 @@ extern "C" const char* emulate_projection(
     args.single_team = cluster = projection_team(table[0].n, s);
     *blocks = cluster * fibre_blocks(table[0].fibres);
   }
-  std::vector<float> parts(form == 1 ? items.size() * static_cast<size_t>(s.numbers()) : 0);
-  args.parts = parts.data();
-  try {
-    const auto emulate = [&]<int kIndex>() { run<kIndex>(args, *blocks, cluster, reversed != 0); };
-    static_assert(kProjectionForms == 6);
-    switch (shape) {
-      case 0:
-        emulate.template operator()<0>();
-        break;
-      case 1:
-        emulate.template operator()<1>();
-        break;
-      case 2:
-        emulate.template operator()<2>();
-        break;
-      case 3:
-        emulate.template operator()<3>();
-        break;
-      case 4:
-        emulate.template operator()<4>();
-        break;
-      default:
-        emulate.template operator()<5>();
-    }
-  } catch (const std::exception& error) {
-    std::strncpy(message, error.what(), sizeof message - 1);
-    return message;
-  }
-  return nullptr;
+  return emulate(args, *blocks, cluster, shape, reversed != 0);
+}
+
+// The launch of a table and its items as refusal_kernels_cuda::projection_table makes them, in clusters.
+extern "C" const char* emulate_table(
+    const void* table, const void* items, int64_t blocks, float strength, int32_t shape, const int64_t* readable,
+    int64_t ranges) {
+  read_from(readable, ranges);
+  const ProjectionArgs args{
+      static_cast<const ProjectionMatrix*>(table), static_cast<const ProjectionItem*>(items), nullptr, strength, 1, {}};
+  return emulate(args, blocks, kClusterBlocks, shape, false);
 }
 
 extern "C" int32_t projection_shape_of(int64_t r) {
