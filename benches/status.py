@@ -37,6 +37,7 @@ GOES_THROUGH = {
     "step, ours": ("sae_adam.step",),
     "encode, ours grouped": ("encode.group", "encode.settle"),
     "ours": ("lora_projection.coefficients", "lora_projection.update", "projection.table"),
+    "ours, cuda": ("project_cluster",),
 }
 
 

@@ -1,9 +1,9 @@
 """The public operators on a GPU, and the same test functions on the CPU back-end: the tests are known to be right.
 
 Every test is parametrised over where it runs: `cpu` (C++ on CPU tensors, part of every run of the suite) and, marked
-gpu, `triton`, `cuda` (CUDA tensors; the latter has topk_encode, sparse_decode and the training step only) and, for
-topk_encode, `triton-int8`. Which of them has passed on which GPU is in benches/results/gpu; tests/triton has the
-kernels' tests in Triton's interpreter.
+gpu, `triton`, `cuda` (CUDA tensors; the latter has topk_encode, sparse_decode, the training step and the projection
+only) and, for topk_encode, `triton-int8`. Which of them has passed on which GPU is in benches/results/gpu; tests/triton
+has the kernels' tests in Triton's interpreter.
 
     make gpu                                   all of them in several processes, compute-sanitizer, benchmarks
     python -m pytest -m gpu                    these tests alone
@@ -35,6 +35,7 @@ everywhere = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON])
 encoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA, INT8])
 decoders = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
 steps = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
+projections = pytest.mark.parametrize(("backend", "device"), [CPU, TRITON, CUDA])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 every_index = pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 
@@ -597,10 +598,13 @@ PROJECTIONS = [
     ((3, 130, 5), 1, 33),
     ((90,), 0, 90),
     ((0, 9), 1, 2),
+    ((2048, 35), 0, 64),
+    ((20, 1024), 1, 256),
+    ((400, 30), 0, 300),
 ]
 
 
-@everywhere
+@projections
 @every_dtype
 @pytest.mark.parametrize(("shape", "dim", "r"), PROJECTIONS)
 def test_project_out(backend, device, dtype, shape, dim, r):
@@ -625,7 +629,7 @@ def test_project_out(backend, device, dtype, shape, dim, r):
 
 
 @pytest.mark.sanitizer
-@everywhere
+@projections
 def test_projection_plan_equals_single_calls_and_never_waits(backend, device):
     u, v = a_basis(48, 5, device), a_basis(2100, 20, device)
     base = torch.randn(48, 64, device=device)
@@ -657,7 +661,7 @@ def test_projection_plan_equals_single_calls_and_never_waits(backend, device):
 
 
 @pytest.mark.sanitizer
-@everywhere
+@projections
 def test_projected_adam_is_adamw_and_the_projection_of_its_update_and_never_waits(backend, device):
     """Fused where it fits, at three ranks, and not; gradients lie elsewhere at every step, as after zero_grad."""
     shapes = [((2112, 16), 0, 100), ((32, 1088), 1, 100), ((64, 16), 0, 16), ((16, 192), 1, 5), ((50, 7), 0, 3)]
@@ -684,7 +688,7 @@ def test_projected_adam_is_adamw_and_the_projection_of_its_update_and_never_wait
         assert torch.equal(p, q)
 
 
-@everywhere
+@projections
 def test_projections_in_a_graph(backend, device):
     g, u = torch.randn(16, 300, device=device), a_basis(300, 9, device)
     inside = g.clone()

@@ -49,7 +49,7 @@ def project_out(
         only_against: a direction [n]. The component is then taken out only of those fibres along dim where it opposes
             this direction, its inner product with it being negative (SafeGrad, arXiv 2508.07172, projects conflicting
             gradients only); the others, and fibres with NaN, stay as they are. It gets no gradient.
-        backend: "reference", "cpu", "triton", "auto", or None for the `use_backend` / environment choice.
+        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the `use_backend` / environment choice.
 
     Returns:
         A new contiguous tensor of g's shape and dtype. Differentiable in g and basis (once), the choice of fibres held

@@ -76,8 +76,8 @@ class ProjectionPlan:
             read once for all of them. dim may be negative. Empty tensors and r = 0 are allowed.
         strength: in [0, 1], for all entries.
         only_against: None, or one direction [tensor.shape[dim]] or None per entry, as in `project_out`.
-        backend: "reference", "cpu", "triton", "auto", or None for the choice of `use_backend` / environment in force
-            when `apply_` is called.
+        backend: "reference", "cpu", "triton", "cuda", "auto", or None for the choice of `use_backend` / environment in
+            force when `apply_` is called.
 
     Raises:
         ValueError: an entry has a wrong shape, dtype or device, cannot be written to element by element (expanded), a
