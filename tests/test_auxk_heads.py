@@ -94,6 +94,21 @@ def test_a_step_is_a_loop_of_steps(monkeypatch, backend, mode, k_aux, chunk):
                 torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_chunks_count_the_elements_of_all_heads(monkeypatch):
+    sizes = []
+    whole = auxk._plus_product
+    monkeypatch.setattr(auxk, "CHUNK_ELEMENTS", 2 * DEAD.numel())
+
+    def seen(base: Tensor, a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
+        sizes.append(a.shape[1])
+        return whole(base, a, b, operands)
+
+    monkeypatch.setattr(auxk, "_plus_product", seen)
+    x, parameters = problem()
+    auxk.aux_k_gradients(x, torch.randn_like(x), *parameters, DEAD, 3, 1.0)
+    assert set(sizes) == {2}
+
+
 def test_padding_does_not_carry_a_broken_head_into_living_latents():
     """An infinite residual in the head without dead latents: 0 times it is NaN, in no row of W."""
     x, (W_enc, b_enc, W_dec, b_dec) = problem(torch.float32)

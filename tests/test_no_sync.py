@@ -111,6 +111,23 @@ def test_triton_launchers_without_values(monkeypatch, autocast_is_off, d):
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 @pytest.mark.parametrize("k_aux", [2, None])
+def test_step_of_heads_dispatches_no_operator_that_reads(monkeypatch, backend, max_grad_norm, k_aux):
+    monkeypatch.setattr(step, "check_dead", lambda *_: None)
+    x, parameters, _ = problem("cpu")
+    parameters = [torch.stack([p.detach(), -p.detach()]).requires_grad_() for p in parameters]
+    optimizer = rk.SAEAdam(*parameters, lr=0.01, max_grad_norm=max_grad_norm)
+    for parameter in parameters:
+        optimizer.moments(parameter)
+    dead = torch.tensor([[3, 4, 40], [88, -1, -1]])
+    with ForbidReads(*(optimizer.state[parameter]["step"] for parameter in parameters)):
+        for inside in (None, optimizer):
+            batch = torch.stack([x, x])
+            rk.sae_step(batch, *parameters, K, dead=dead, k_aux=k_aux, optimizer=inside, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("k_aux", [2, None])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_step_dispatches_no_operator_that_reads(monkeypatch, backend, max_grad_norm, k_aux, autocast):
     monkeypatch.setattr(step, "check_dead", lambda *_: None)  # it looks at indices on a CPU, and only there
@@ -180,20 +197,31 @@ class Event:
         return Event.arrived
 
 
-def test_dead_list_is_refreshed_without_waiting_for_it(monkeypatch):
-    """Every tenth update starts the copy of the length; `rows` changes with the first update after it has arrived."""
-    empty = torch.empty
+@pytest.mark.parametrize("heads", [None, 3])
+def test_dead_list_is_refreshed_without_waiting_for_it(monkeypatch, heads):
+    """Every tenth update starts the copy of the length; `rows` changes with the first update after it has arrived.
+    Nothing is copied from the host: from memory that is not pinned, a GPU's stream may be waited for."""
+    empty, arange, to = torch.empty, torch.arange, torch.Tensor.to
+
+    def on_host(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert not any(isinstance(a, torch.device) and a.type == "cuda" for a in args), "copied from the host"
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", on_host)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "arrived", False)
-    tracker = rk.DeadLatents(4, dead_after_tokens=100, refresh_every=10)
+    monkeypatch.setattr(torch, "arange", lambda *a, device=None, **k: arange(*a, **k))
+    tracker = rk.DeadLatents(4, dead_after_tokens=100, refresh_every=10, heads=heads)
     tracker.tokens_since_fired = tracker.tokens_since_fired.as_subclass(ClaimsCuda)
-    fires = torch.tensor([1, 0, 0, 3]).as_subclass(ClaimsCuda)
+    counts = [1, 0, 0, 3] if heads is None else [[1, 0, 0, 3], [1, 1, 1, 1], [1, 2, 0, 1]]
+    fires = torch.tensor(counts).as_subclass(ClaimsCuda)
     for _ in range(25):
         tracker.update(fires, 10)
         assert tracker.rows.numel() == 0
     Event.arrived = True
     assert tracker.rows.numel() == 0
     tracker.update(fires, 10)
-    assert tracker.rows.as_subclass(torch.Tensor).tolist() == [1, 2]
-    assert tracker.fraction == 0.5
+    expected, fraction = ([1, 2], 0.5) if heads is None else ([[1, 2], [-1, -1], [2, -1]], 0.25)
+    assert tracker.rows.as_subclass(torch.Tensor).tolist() == expected
+    assert tracker.fraction == fraction

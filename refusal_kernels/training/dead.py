@@ -89,11 +89,14 @@ class DeadLatents:
             self._count = self._rows.numel()
             return
         order = torch.argsort(dead, descending=True, stable=True)  # dead rows first, ascending
+        found = dead.sum(-1)
+        if dead.dim() == 2:  # here and not in `_take`: a mask from the host's counts would have to be copied back
+            order = order.masked_fill(torch.arange(dead.shape[1], device=dead.device) >= found[:, None], -1)
         if dead.device.type != "cuda":
-            self._take(order, dead.sum(-1))
+            self._take(order, found)
             return
-        count = torch.empty(dead.shape[:-1], dtype=torch.int64, pin_memory=True)
-        count.copy_(dead.sum(-1), non_blocking=True)
+        count = torch.empty(found.shape, dtype=torch.int64, pin_memory=True)
+        count.copy_(found, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         self._pending = (order, count, arrived)
@@ -106,11 +109,8 @@ class DeadLatents:
 
     def _take(self, order: Tensor, count: Tensor) -> None:
         """`count` [] or [H] on the host, of the first entries of `order` [F] or [H, F]."""
-        self._count, longest = int(count.sum()), int(count.max())
-        self._rows = order[..., :longest]
-        if order.dim() == 2:
-            behind = torch.arange(longest) >= count[:, None]
-            self._rows = self._rows.masked_fill(behind.to(order.device, non_blocking=True), -1)
+        self._count = int(count.sum())
+        self._rows = order[..., : int(count.max())]
 
     @property
     def _shape(self) -> tuple[int, ...]:
