@@ -18,6 +18,12 @@
 #include "lane.h"
 #include "projection.h"
 
+#ifdef __CUDACC__
+#define RK_ROLLED _Pragma("unroll 1")
+#else
+#define RK_ROLLED
+#endif
+
 namespace rk::cuda {
 
 template <int kNumbers>
