@@ -32,7 +32,7 @@ def mix(x: Tensor) -> Tensor:
 
 def salt_of(step: int, tensor: int) -> int:
     """The salt of one tensor in one step, in [0, 2^31): an int32 for every kernel."""
-    return int(mix(torch.tensor((step * 4 + tensor) & _WORD))) & 0x7FFFFFFF
+    return int(mix(torch.tensor((step * 4 + tensor) & _WORD, device="cpu"))) & 0x7FFFFFFF
 
 
 def random_bits(n: int, first: int, salt: int, device: torch.device) -> Tensor:
