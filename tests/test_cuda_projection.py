@@ -144,6 +144,7 @@ def layouts(dtype: torch.dtype) -> list[tuple[str, Tensor, int]]:
         ("fibres of several blocks", odd(70, 40), 0),
         ("a last chunk that ends early", odd(70, 40)[:, :35], 0),
         ("begins anywhere", odd(70, 41)[:, 1:36], 0),
+        ("begins anywhere in rows that do not", odd(70, 48)[:, 1:36], 0),
         ("every other row", odd(140, 24)[::2], 0),
         ("every other fibre", odd(70, 48)[:, ::2], 0),
         ("right, transposed", odd(70, 24).T, 1),
@@ -152,6 +153,9 @@ def layouts(dtype: torch.dtype) -> list[tuple[str, Tensor, int]]:
         ("right, every other", odd(24, 140)[:, ::2], 1),
         ("between two dimensions", odd(3, 70, 5), 1),
         ("between two that are wide", odd(2, 70, 32), 1),
+        ("between two that are narrow", odd(3, 70, 8), 1),
+        ("between two that end early", odd(3, 70, 8)[:, :, :6], 1),
+        ("between two, the outer one odd", odd(3000).as_strided((2, 70, 16), (70 * 16 + 2, 16, 1)), 1),
         ("four dimensions that do not join", odd(3, 5, 70, 4).transpose(0, 1)[:, :2], 2),
         ("a vector", odd(70), 0),
         ("a column of a matrix", odd(70, 3)[:, 1], 0),
@@ -159,7 +163,7 @@ def layouts(dtype: torch.dtype) -> list[tuple[str, Tensor, int]]:
 
 
 @every_dtype
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(19))
 def test_any_layout_and_nothing_beside_it(project: Project, dtype: torch.dtype, number: int) -> None:
     name, tensor, dim = layouts(dtype)[number]
     base = tensor if tensor._base is None else tensor._base

@@ -122,9 +122,8 @@ struct ProjectionArgs {
 inline void choose_ways(ProjectionMatrix& m) {
   const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   const int64_t wide = 16 / row_bytes(m.type);
-  const bool neighbours = m.inner_stride == 1 && (m.inner == m.fibres || m.outer_stride % wide == 0) &&
-                          (m.inner == m.fibres || m.inner % kBlockFibres == 0) && aligned(m.numbers, 16) &&
-                          m.row_stride % wide == 0;
+  const bool whole = m.inner == m.fibres || (m.inner % wide == 0 && m.outer_stride % wide == 0);
+  const bool neighbours = m.inner_stride == 1 && whole && m.row_stride % wide == 0 && aligned(m.numbers, 16);
   if (m.type == RowType::kFloat32) {
     m.way = neighbours ? Way::kWide32 : Way::kWords;
   } else if (neighbours) {
