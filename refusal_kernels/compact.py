@@ -15,16 +15,20 @@ Source: stochastic rounding of optimiser state, Zamirai et al., arXiv 2010.06192
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+_Numbers = TypeVar("_Numbers", int, Tensor)
 
 _MULTIPLIER = 0x45D9F3B
 _WORD = 0xFFFFFFFF
 QUIET_NAN = 0x7FC00000  # a GPU's own NaN, 0x7fffffff, would carry into the sign
 
 
-def mix(x: Tensor) -> Tensor:
-    """32 well-mixed bits of each number of an int64 tensor in [0, 2^32)."""
+def mix(x: _Numbers) -> _Numbers:
+    """32 well-mixed bits of a number in [0, 2^32), or of each of an int64 tensor."""
     for _ in range(2):
         x = ((x >> 16 ^ x) * _MULTIPLIER) & _WORD
     return x >> 16 ^ x
@@ -32,7 +36,7 @@ def mix(x: Tensor) -> Tensor:
 
 def salt_of(step: int, tensor: int) -> int:
     """The salt of one tensor in one step, in [0, 2^31): an int32 for every kernel."""
-    return int(mix(torch.tensor((step * 4 + tensor) & _WORD, device="cpu"))) & 0x7FFFFFFF
+    return mix((step * 4 + tensor) & _WORD) & 0x7FFFFFFF
 
 
 def random_bits(n: int, first: int, salt: int, device: torch.device) -> Tensor:

@@ -98,7 +98,7 @@ class Backend:
     def adam_compact_rows(self, W: Tensor, low: Tensor | None, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> None:
         """`adam_rows` on state in fewer bytes (refusal_kernels.compact); `rest` is its own, then `salt`.
 
-        m and v [F, d] may be bf16: they are then rounded stochastically, with the lower 16 bits of an element's random
+        m and v [F, d] are both fp32 or both bf16, rounded stochastically: with the lower 16 bits of an element's random
         word and the upper 16. With `low` [F, d] int16, W is bf16 and the pair is the fp32 master weights in halves.
         Here by way of chunks of rows in fp32.
         """
@@ -113,12 +113,10 @@ class Backend:
             adam_rows(w, g[part].to(w.dtype), *moments, *arguments)
             if low is not None:
                 W[part], low[part] = compact.split(w)
-            bits = compact.random_bits(w.numel(), first * W.shape[-1], salt, W.device).view(w.shape)
-            for stored, wide, own in zip((m, v), moments, (bits & 0xFFFF, bits >> 16), strict=True):
-                if stored.dtype == torch.bfloat16:
+            if m.dtype == torch.bfloat16:  # else they were stepped in place
+                bits = compact.random_bits(w.numel(), first * W.shape[-1], salt, W.device).view(w.shape)
+                for stored, wide, own in zip((m, v), moments, (bits & 0xFFFF, bits >> 16), strict=True):
                     stored[part] = compact.to_bfloat16(wide, own)
-                elif stored.dtype != wide.dtype:
-                    stored[part] = wide
 
     def not_supported_reasons(self, op: str, request: Request) -> list[str]:
         """Every reason why `op` cannot run here for `request`; empty when it can."""

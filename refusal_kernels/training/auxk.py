@@ -11,6 +11,7 @@ of all heads are batched ones; padding takes part in them and counts for nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,55 +74,46 @@ def aux_k_loss(
     check_shape("aux_k_loss", "W_dec", W_dec, tuple(W_enc.shape), "[F, d]")
     check_shape("aux_k_loss", "residual", residual, tuple(x.shape), "of x")
     k_aux = check_k_aux("aux_k_loss", k_aux, d)
-    heads = W_enc.shape[0] if W_enc.dim() == 3 else None
-    check_dead("aux_k_loss", dead, n_latents, heads)
-    if heads is not None:
-        return _loss_of_heads(x, residual, W_enc, b_enc, W_dec, b_dec, dead, k_aux)
-    n_dead = dead.numel()
-    x, residual = x.reshape(-1, d), residual.reshape(-1, d)
-    if n_dead == 0 or x.shape[0] == 0:
-        return x.new_zeros(())
-    acts = torch.relu((x - b_dec) @ W_enc[dead].T + b_enc[dead])
-    if k_aux < n_dead:
-        top = torch.topk(acts, k_aux, dim=1)
-        acts = torch.zeros_like(acts).scatter(1, top.indices, top.values)
-    error = acts @ W_dec[dead] - residual.detach()
-    return aux_scale(n_dead, k_aux) * error.square().sum() / x.shape[0]
+    lead = W_enc.shape[:-2]
+    check_dead("aux_k_loss", dead, n_latents, lead[0] if lead else None)
+    x, residual = x.reshape(*lead, -1, d), residual.reshape(*lead, -1, d)
+    if dead.numel() == 0 or x.numel() == 0:
+        return x.new_zeros(lead)
+    of = _dead_rows(W_enc, b_enc, W_dec, b_dec, dead, k_aux)
+    acts = torch.relu((x - of.shift) @ of.enc.mT + of.bias)
+    if of.padding is not None:
+        acts = acts.masked_fill(of.padding, 0)
+    if k_aux < dead.shape[-1]:
+        top = torch.topk(acts, k_aux, dim=-1)
+        acts = torch.zeros_like(acts).scatter(-1, top.indices, top.values)
+    error = acts @ of.dec - residual.detach()
+    return of.scale * error.square().sum((-2, -1)) / x.shape[-2]
 
 
-def _loss_of_heads(
-    x: Tensor,
-    residual: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    dead: Tensor,
-    k_aux: int,
-) -> Tensor:
-    n_heads, _, d = W_enc.shape
-    x, residual = x.reshape(n_heads, -1, d), residual.reshape(n_heads, -1, d)
-    if dead.numel() == 0 or x.shape[1] == 0:
-        return x.new_zeros(n_heads)
-    valid, rows = dead >= 0, flat_rows(dead, W_enc.shape[1])
-    acts = torch.baddbmm(b_enc.flatten()[rows][:, None], x - b_dec[:, None], W_enc.flatten(0, 1)[rows].mT)
-    acts = torch.relu(acts).masked_fill(~valid[:, None], 0)
-    if k_aux < dead.shape[1]:
-        top = torch.topk(acts, k_aux, dim=2)
-        acts = torch.zeros_like(acts).scatter(2, top.indices, top.values)
-    error = torch.bmm(acts, W_dec.flatten(0, 1)[rows]) - residual.detach()
-    return aux_scales(valid, k_aux).to(error.dtype) * error.square().sum((1, 2)) / x.shape[1]
+class _DeadRows(NamedTuple):
+    """What the products are of: [D, d], [1, D] and so on, or with heads [H, D, d], [H, 1, D]."""
+
+    enc: Tensor  # [D, d]
+    dec: Tensor  # [D, d]
+    bias: Tensor  # [1, D]
+    shift: Tensor  # b_dec, to be subtracted from [N, d]
+    padding: Tensor | None  # with heads [H, 1, D]: whose activations are 0
+    scale: Tensor | float  # `aux_scale`; with heads [H] on the device
+
+
+def _dead_rows(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, dead: Tensor, k_aux: int) -> _DeadRows:
+    if dead.dim() == 1:
+        return _DeadRows(W_enc[dead], W_dec[dead], b_enc[dead][None], b_dec, None, aux_scale(dead.numel(), k_aux))
+    rows = flat_rows(dead, W_enc.shape[1])
+    enc, dec = (W.flatten(0, 1)[rows] for W in (W_enc, W_dec))
+    scale = ((dead >= 0).sum(1).double() / k_aux).clamp(max=1.0).to(b_enc.dtype)
+    return _DeadRows(enc, dec, b_enc.flatten()[rows][:, None], b_dec[:, None], (dead < 0)[:, None], scale)
 
 
 def flat_rows(dead: Tensor, n_latents: int) -> Tensor:
     """dead [H, D] as numbers of rows of a matrix [H F, d]; padding as the head's first."""
     first = torch.arange(dead.shape[0], device=dead.device)[:, None] * n_latents
     return first + dead.clamp(min=0)
-
-
-def aux_scales(valid: Tensor, k_aux: int) -> Tensor:
-    """`aux_scale` of every head, on the device: valid [H, D] -> [H]."""
-    return (valid.sum(1).double() / k_aux).clamp(max=1.0)
 
 
 def check_k_aux(op: str, k_aux: int | None, d: int) -> int:
@@ -210,34 +202,27 @@ def aux_k_gradients(
     """
     n, ct = x.shape[-2], b_enc.dtype
     operands = _operands(W_enc)
-    if dead.dim() == 1:
-        rows_enc, rows_dec, bias = W_enc[dead].to(ct), W_dec[dead].to(ct), b_enc[dead][None]
-        padding, shift = None, b_dec
-        scale: Tensor | float = aux_scale(dead.numel(), k_aux)
-    else:
-        rows = flat_rows(dead, W_enc.shape[1])
-        rows_enc, rows_dec = (t.flatten(0, 1)[rows].to(ct) for t in (W_enc, W_dec))
-        bias = b_enc.flatten()[rows][:, None]
-        padding, shift = (dead < 0)[:, None], b_dec[:, None]
-        scale = aux_scales(dead >= 0, k_aux).to(ct)
-    dW_enc, dW_dec = torch.zeros_like(rows_enc), torch.zeros_like(rows_dec)
+    enc, dec, bias, shift, padding, scale = _dead_rows(W_enc, b_enc, W_dec, b_dec, dead, k_aux)
+    enc, dec = enc.to(ct), dec.to(ct)
+    factor = scale[:, None, None] * (2 * weight / n) if isinstance(scale, Tensor) else 2 * weight * scale / n
+    dW_enc, dW_dec = torch.zeros_like(enc), torch.zeros_like(dec)
     db_enc = torch.zeros(dead.shape, dtype=ct, device=x.device)
     loss = torch.zeros(dead.shape[:-1], dtype=ct, device=x.device)
     chunk = max(1, (GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // dead.numel())
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         centred = x[..., part, :].to(ct) - shift
-        acts = _plus_product(bias, centred, rows_enc.mT, operands).relu_()
+        acts = _plus_product(bias, centred, enc.mT, operands).relu_()
         if padding is not None:
             acts.masked_fill_(padding, 0)
         if k_aux < dead.shape[-1]:
             top = torch.topk(acts, k_aux, dim=-1, sorted=False)
             acts = acts.zero_().scatter_(-1, top.indices, top.values)
-        error = _plus_product(e[..., part, :].to(ct), acts, rows_dec, operands)  # acts W_dec + e
+        error = _plus_product(e[..., part, :].to(ct), acts, dec, operands)  # acts W_dec + e
         loss += error.square().sum((-2, -1))
-        error *= scale[:, None, None] * (2 * weight / n) if isinstance(scale, Tensor) else 2 * weight * scale / n
+        error *= factor
         _add_product(dW_dec, acts.mT, error, operands)
-        dacts = _product(error, rows_dec.mT, operands).mul_(acts != 0)
+        dacts = _product(error, dec.mT, operands).mul_(acts != 0)
         _add_product(dW_enc, dacts.mT, centred, operands)
         db_enc += dacts.sum(-2)
     if padding is not None:
