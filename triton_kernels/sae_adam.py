@@ -14,7 +14,8 @@ all others (dense Adam). The segments of hot latents are added up before, by lat
 atomics, no synchronisation.
 
 Heads: all tensors may have a head axis in front. It is the second axis of the grid, so that every head has its P
-programs and its own returned sum; entries and latents are numbered through all heads as in backward.py.
+programs and its own returned sum; entries and latents are numbered through all heads as in backward.py. With AuxK's
+rows every head is a launch of its own on its part of the tensors (compact state goes through gradient buffers then).
 
 Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two matrices, read and written, fp32) = F d
 48. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16 activations, H200): 7 ms of gathers + 6.5 ms of Adam.
@@ -63,7 +64,7 @@ def _step_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = 0
-    if not EXTRA:  # with heads AuxK's rows do not come here: they leave no register for the axis
+    if not EXTRA:  # AuxK's rows leave no register for the axis: with them every head is a launch of its own
         head = tl.program_id(1)
     column = tl.arange(0, BLOCK_D)
     live = column < d
@@ -185,8 +186,7 @@ def sae_backward_adam(
     e = x_hat - x, x [N, d]; values, indices [N, k]; b_enc, the states m_*, v_* and b_dec fp32. W_enc, W_dec in x's
     dtype or fp32 beside 16-bit activations: the gradients are then those at the weights rounded as the forward pass saw
     them, and the step moves the fp32 weights. `extra_rows` [D] int64 are distinct latents to which extra_dW_enc
-    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none. They do not come
-    with a head axis.
+    [D, d], extra_db_enc [D], extra_dW_dec [D, d] are added; all None: none. With a head axis -1 pads extra_rows.
 
     `salts` (W_enc's, W_dec's) say that the state is compact, as `Backend.adam_compact_rows` has it: moments in bf16 are
     rounded stochastically, and bf16 weights with the int16 low_W_enc, low_W_dec are halves of fp32 master weights.
@@ -198,14 +198,20 @@ def sae_backward_adam(
     n_heads = W_dec.numel() // (n_latents * d)
     numbers = (lr, beta1, beta2, eps, bias_correction1, bias_correction2)
     extras = (extra_dW_enc, extra_db_enc, extra_dW_dec)
-    if d > _BLOCKS[-1][0]:
+    # An element's random word goes by its number through all heads, which a launch of its own does not know.
+    numbered = salts is not None and extra_rows is not None and W_dec.dim() == 3
+    if d > _BLOCKS[-1][0] or numbered:
         gradients = [torch.empty(t.shape, dtype=torch.float32, device=e.device) for t in (W_enc, b_enc, W_dec)]
         We, Wd = W_enc.to(e.dtype), W_dec.to(e.dtype)
         sae_backward(e, x, values, indices, We, Wd, b_dec, scale, *gradients, accumulate=False, segment=segment)
         if extra_rows is not None:
+            rows = extra_rows.view(n_heads, -1)
+            own = rows + torch.arange(n_heads, device=e.device)[:, None] * n_latents
             for gradient, extra in zip(gradients, extras, strict=True):
                 if extra is not None:
-                    gradient.index_add_(0, extra_rows, extra.to(torch.float32))
+                    row = gradient.view(n_heads * n_latents, -1)
+                    added = extra.view(own.numel(), -1).to(torch.float32).masked_fill((rows < 0).view(-1, 1), 0)
+                    row.index_add_(0, own.clamp(min=0).flatten(), added)
         db_enc, We = gradients[1], We.to(torch.float32)
         wide_through = db_enc @ We if We.dim() == 2 else torch.bmm(db_enc[:, None], We)[:, 0]
         plain, constrained = (*numbers, None, False, False), (*numbers, None, remove_parallel, unit_norm)
@@ -215,10 +221,6 @@ def sae_backward_adam(
         _adam(W_dec, low_W_dec, gradients[2], m_W_dec, v_W_dec, constrained, salt_dec)
         return wide_through
     with on_device(e):
-        position = None
-        if extra_rows is not None:
-            position = torch.full((n_latents,), -1, dtype=torch.int64, device=e.device)
-            position[extra_rows] = torch.arange(extra_rows.numel(), device=e.device)
         csc = csc_from_indices(indices, n_latents, segment or segment_length(max(indices.numel(), 1), d))
         part_dec, part_enc, part_db = hot_parts(e, x, values, csc, W_dec, b_dec, scale)
         moments = [m_W_enc, v_W_enc, m_W_dec, v_W_dec]
@@ -235,14 +237,37 @@ def sae_backward_adam(
             PARALLEL=remove_parallel,
             UNIT=unit_norm,
         )
-        _step_kernel[(programs, n_heads)](
-            e, x, values, csc.order, csc.offsets, csc.segment_ends, device_scalar(scale, e.device), b_dec,
+        # All that has a head axis, in the order of the kernel's arguments; the last offset of a head is the next one's
+        # first, behind the view.
+        lead = W_dec.shape[:-2]
+        offsets, ends = csc.offsets[:-1].view(*lead, n_latents), csc.segment_ends.view(*lead, n_latents)
+        parameters = (
             weights[0], low_W_enc, *moments[:2], b_enc, m_b_enc, v_b_enc, weights[1], low_W_dec, *moments[2:],
-            part_dec, part_enc, part_db, position, *extras, through,
-            values.shape[-1], d, n_latents, programs, csc.segment, *(salts or (0, 0)),
-            lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5, **tiles.options(),
         )  # fmt: skip
+        position = None if extra_rows is None else _positions(extra_rows, n_latents)
+        with_axis = (offsets, ends, b_dec, *parameters, position, *extras, through)
+        launches = [with_axis]
+        if lead and extra_rows is not None:
+            launches = [tuple(t if t is None else t[head] for t in with_axis) for head in range(n_heads)]
+        for offsets, ends, bias, *rest in launches:
+            own, of_extra = rest[: len(parameters)], rest[len(parameters) :]
+            _step_kernel[(programs, n_heads // len(launches))](
+                e, x, values, csc.order, offsets, ends, device_scalar(scale, e.device), bias,
+                *own, part_dec, part_enc, part_db, *of_extra,
+                values.shape[-1], d, n_latents, programs, csc.segment, *(salts or (0, 0)),
+                lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5,
+                **tiles.options(),
+            )  # fmt: skip
         return through.sum(-2)
+
+
+def _positions(rows: Tensor, n_latents: int) -> Tensor:
+    """[F'], F' > F: where in rows [D] a latent is, or -1; with heads [H, F'] of rows [H, D], whose padding with -1
+    writes behind F. F' is even, so that every head's part is aligned alike."""
+    width = n_latents + 2 - n_latents % 2
+    position = torch.full((*rows.shape[:-1], width), -1, dtype=torch.int64, device=rows.device)
+    numbers = torch.arange(rows.shape[-1], device=rows.device).expand(rows.shape)
+    return position.scatter_(-1, torch.where(rows < 0, n_latents, rows), numbers)
 
 
 def _adam(

@@ -121,8 +121,12 @@ Tensor sae_backward_adam(
     position.assign(static_cast<size_t>(F), -1);
     const int64_t* rows = in<int64_t>(*extra_rows);
     for (int64_t i = 0; i < D; ++i) {
+      if (rows[i] == -1) {  // the list of a head is padded to the length of the longest
+        continue;
+      }
       STD_TORCH_CHECK(
-          rows[i] >= 0 && rows[i] < F, op, ": extra_rows must lie in [0, ", F, "), the latents; got ", rows[i]);
+          rows[i] >= 0 && rows[i] < F, op, ": extra_rows must lie in [0, ", F, "), the latents, or be -1; got ",
+          rows[i]);
       STD_TORCH_CHECK(position[rows[i]] < 0, op, ": extra_rows must be distinct; got ", rows[i], " twice");
       position[rows[i]] = i;
     }

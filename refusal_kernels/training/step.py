@@ -65,8 +65,7 @@ def sae_step(
 
     With a head axis, which is there if and only if W_enc has three dimensions, H autoencoders take their step in one
     call: the gradients and updates are those of a loop over heads, that is of the sum of the H losses; `max_grad_norm`
-    of the optimizer is then the norm over all heads. With AuxK the gradients of all heads are written before the
-    optimizer moves anything.
+    of the optimizer is then the norm over all heads.
 
     Frozen parameters, which do not require a gradient, get none and are not stepped.
 
@@ -157,7 +156,7 @@ class _Step:
             output = self._measure(values, indices, squares, aux)
             if optimizer is None:
                 self._accumulate(e, values, indices, aux)
-            elif self._can_fuse(optimizer) and (aux is None or self.heads is None):
+            elif self._can_fuse(optimizer):
                 self._fused_step(optimizer, e, values, indices, aux)
             else:
                 dW_enc, dW_dec = optimizer.gradient_buffers(self.ct)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 import refusal_kernels as rk
+from refusal_kernels.backends import BACKENDS
+from refusal_kernels.backends.heads import run
 from refusal_kernels.triton_kernels import backward, decode, encode, sae_adam
 
 H, N, D, F, K = 2, 3, 5, 7, 3
@@ -89,26 +91,36 @@ def test_gradients_are_a_loop_over_heads(monkeypatch, dtype, wide):
         assert_equal_per_head(step(*inputs), per_head(step, *inputs))
 
 
+# The dead latents of two heads, the second's list padded.
+DEAD = torch.tensor([[1, 4, 6], [3, -1, -1]])
+
+
+@pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
-def test_the_fused_step_is_a_loop_over_heads(monkeypatch, wide):
+def test_the_fused_step_is_a_loop_over_heads(monkeypatch, wide, extra):
+    """`extra`: with rows of AuxK, where what padding has in them is not looked at."""
     if wide:
         monkeypatch.setattr(sae_adam, "_BLOCKS", ((4, 1, 1, 1),))
     values, indices = code(torch.float32)
+    rows = [DEAD, normal(*DEAD.shape, D), normal(*DEAD.shape), normal(*DEAD.shape, D)] if extra else [None] * 4
     e, x, b_dec = normal(H, N, D), normal(H, N, D), normal(H, D)
     weights = [normal(H, F, D), normal(H, F), normal(H, F, D)]
     moments = [torch.rand(w.shape) for w in weights for _ in "mv"]
     numbers = (1e-2, 0.9, 0.999, 1e-8, 1 - 0.9**2, 1 - 0.999**2)
 
-    def step(e, x, values, indices, b_dec, weights, moments):
+    def step(e, x, values, indices, b_dec, weights, moments, rows):
         weights, moments = [w.clone() for w in weights], [m.clone() for m in moments]
         through = sae_adam.sae_backward_adam(
-            e, x, values, indices, *weights, b_dec, 0.3, *moments, *numbers, True, True, *[None] * 4, segment=SEGMENT
+            e, x, values, indices, *weights, b_dec, 0.3, *moments, *numbers, True, True, *rows, segment=SEGMENT
         )
         return [*weights, *moments, through]
 
-    together = step(e, x, values, indices, b_dec, weights, moments)
+    def listed(h):
+        return [row if row is None else row[h][DEAD[h] >= 0] for row in rows]
+
+    together = step(e, x, values, indices, b_dec, weights, moments, rows)
     apart = [
-        step(e[h], x[h], values[h], indices[h], b_dec[h], [w[h] for w in weights], [m[h] for m in moments])
+        step(e[h], x[h], values[h], indices[h], b_dec[h], [w[h] for w in weights], [m[h] for m in moments], listed(h))
         for h in range(H)
     ]
     for mine, theirs in zip(together[:-1], stacked(apart)[:-1], strict=True):
@@ -117,18 +129,30 @@ def test_the_fused_step_is_a_loop_over_heads(monkeypatch, wide):
     torch.testing.assert_close(together[-1], stacked(apart)[-1])
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 10.0])
-def test_the_training_step_on_triton_equals_the_reference(monkeypatch, max_grad_norm):
+@pytest.mark.parametrize("dead", [None, DEAD])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 10.0}, {"moment_dtype": torch.bfloat16}])
+def test_the_training_step_on_triton_equals_the_reference(monkeypatch, options, dead):
+    triton = BACKENDS["triton"]
     monkeypatch.setattr(encode, "_LISTS", ((4, 16, 8, 1),))  # the shipped lists take seconds in the interpreter
+    if options or dead is not None:  # one case with Triton's encoder: it takes most of the interpreter's time
+        monkeypatch.setattr(triton, "topk_encode", lambda *a: run(BACKENDS["reference"], "topk_encode", H, *a), False)
+    fused, calls = sae_adam.sae_backward_adam, []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return fused(*arguments)
+
+    monkeypatch.setattr(triton, "sae_backward_adam", counted, raising=False)
     start = [normal(H, N, D), normal(H, F, D), normal(H, F), normal(H, F, D), normal(H, D)]
     results = []
     for backend in ("triton", "reference"):
         x, *parameters = (t.clone() for t in start)
         parameters = [p.requires_grad_() for p in parameters]
-        optimizer = rk.SAEAdam(*parameters, lr=1e-2, max_grad_norm=max_grad_norm, backend=backend)
-        rk.sae_step(x, *parameters, K, optimizer=optimizer, backend=backend)
-        output = rk.sae_step(x, *parameters, K, backend=backend)
+        optimizer = rk.SAEAdam(*parameters, lr=1e-2, backend=backend, **options)
+        rk.sae_step(x, *parameters, K, dead=dead, optimizer=optimizer, backend=backend)
+        output = rk.sae_step(x, *parameters, K, dead=dead, backend=backend)
         assert rk.last_backend("sae_step") == backend
         results.append([*output, *parameters, *(p.grad for p in parameters)])
+    assert len(calls) == ("max_grad_norm" not in options)  # Adam ran inside the backward
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
