@@ -308,6 +308,35 @@ def test_step_with_optimizer(backend, device, n, d, n_latents, k, with_dead, max
         close(actual, exact, own, 3)
 
 
+@steps
+@pytest.mark.parametrize("d", [40, 5000])
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_step_of_heads_with_dead_latents(backend, device, d, moments):
+    """Lists of dead latents of different lengths; beside a loop of steps over the heads."""
+    made = [sae(device, 70, d, 120, hot=4) for _ in range(3)]
+    x, dead = torch.stack([m[0] for m in made]), torch.stack([m[2] for m in made])
+    dead[1, 4:], dead[2] = -1, -1
+    start = [torch.stack([m[1][i].detach() for m in made]) for i in range(4)]
+
+    def trained(x: Tensor, parameters: list[Tensor], dead: Tensor) -> list[Tensor]:
+        leaves = [p.clone().requires_grad_() for p in parameters]
+        # eps as above.
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, eps=1e-2, moment_dtype=moments)
+        for _ in range(2):
+            out = rk.sae_step(x, *leaves, 5, dead=dead, k_aux=4, optimizer=optimizer, backend=backend)
+        ran(backend, "sae_step")
+        return [out.loss, out.aux_loss, *leaves]
+
+    together = trained(x, start, dead)
+    apart = [trained(x[h], [p[h] for p in start], dead[h][dead[h] >= 0]) for h in range(3)]
+    for mine, theirs in zip(together, zip(*apart, strict=True), strict=True):
+        # 2^-7: a moment in bf16 is rounded by its element's number, which is another one in the loop.
+        rtol = 1e-3 if moments == torch.float32 else 2**-7
+        torch.testing.assert_close(mine, torch.stack(theirs), rtol=rtol, atol=1e-3)
+    assert not together[1][2]
+    assert (together[1][:2] > 0).all()
+
+
 @everywhere
 @pytest.mark.parametrize("d", [40, 5000, 9000])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
