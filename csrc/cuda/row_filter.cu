@@ -6,8 +6,9 @@
 // to skip a step without survivors, which after the first columns is nearly all of them. No barrier between warps, no
 // atomics, one order: the same input gives the same bits.
 //
-// Bytes: rows * columns * 4 read from L2, the bias from L1, a row's list twice per chunk. Per 8 columns a lane issues 4
-// loads and some 50 instructions. Prediction for all chunks of N 32768, F 131072, k 64 on an H200: 17.2 GB at 5.5 TB/s
+// Bytes: rows * columns * 4 read from L2, the bias from L1, what a chunk appends to a row's list, and the whole list where
+// it is reduced (some three times over all chunks at F 131072). Per 8 columns a lane issues 4 loads and some 50
+// instructions. Prediction for all chunks of N 32768, F 131072, k 64 on an H200: 17.2 GB at 5.5 TB/s
 // of L2, 3.1 ms; 7 instructions a column, 1.0 ms of issue slots. The Triton filter takes 16 ms there.
 //
 // STATUS: compiled for sm_80, sm_90a, sm_100 and sm_120 without spills; the algorithm is run by 32 fibers on the CPU

@@ -97,17 +97,23 @@ RK_LANE void filter_row(const FilterArgs& a, int64_t row, uint64_t* list) {
   const float* pre = a.pre + row * a.columns;
   const float* bias = a.bias + a.first;
   int64_t* keys = a.keys + row * kFilterCapacity;
+  // Zeros are candidates too: rows with fewer than k positives end with zeros of the lowest latents.
+  int32_t limit = -1;
   int count = 0;
-  int32_t limit =
-      -1;  // zeros are candidates too: rows with fewer than k positives end with zeros of the lowest latents
+  // The first `away` keys of the list are in `keys` alone: most chunks append a few and look at no other.
+  int away = 0;
   if (a.first > 0) {
-    count = a.count[row];
+    count = away = a.count[row];
     limit = a.limit[row];
-    for (int i = Warp::lane(); i < count; i += 32) {
+  }
+  const auto reduce = [&] {
+    for (int i = Warp::lane(); i < away; i += 32) {
       list[i] = static_cast<uint64_t>(keys[i]);
     }
+    away = 0;
     Warp::sync();
-  }
+    return keep_best<Warp>(list, count, a.k);
+  };
 
   float ahead[kLoads * kVector], ahead_bias[kLoads * kVector];
   const auto fetch = [&](int start) {
@@ -136,7 +142,7 @@ RK_LANE void filter_row(const FilterArgs& a, int64_t row, uint64_t* list) {
     }
     int total = Warp::sum(own);
     if (count + total > kFilterCapacity) {
-      limit = keep_best<Warp>(list, count, a.k);
+      limit = reduce();
       count = a.k;
       own = 0;
       RK_UNROLL
@@ -158,13 +164,11 @@ RK_LANE void filter_row(const FilterArgs& a, int64_t row, uint64_t* list) {
   }
 
   if (a.last) {
-    if (count > a.k) {
-      keep_best<Warp>(list, count, a.k);
-    }
+    reduce();
     write_sorted<Warp>(list, a.k, keys);
     return;
   }
-  for (int i = Warp::lane(); i < count; i += 32) {
+  for (int i = away + Warp::lane(); i < count; i += 32) {
     keys[i] = static_cast<int64_t>(list[i]);
   }
   if (Warp::lane() == 0) {
