@@ -332,7 +332,7 @@ def chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RowFilter:
-    """Another kernel in the place of `_filter_kernel`, with the same lists, for k that fit it.
+    """The kernel that selects from a chunk, for k that fit its lists.
 
     `run(pre, bias, keys, count, limit, first, last, k)`: the chunk pre [r, c] of the latents first .. first + c goes
     into the lists keys [R, capacity], count and limit [R]; after the last one the first k keys of a row are the result.
@@ -340,6 +340,18 @@ class RowFilter:
 
     capacity: int
     run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool, int], None]
+
+
+def triton_filter(tiles: Tiles) -> RowFilter:
+    """`_filter_kernel` with one row of `_LISTS`, for k up to its K."""
+
+    def run(
+        pre: Tensor, bias: Tensor, keys: Tensor, count: Tensor, limit: Tensor, first: int, last: bool, k: int
+    ) -> None:
+        r, c = pre.shape
+        _filter_kernel[(r,)](pre, bias, keys, count, limit, c, first, int(last), k, **tiles.options())
+
+    return RowFilter(tiles.constexprs["CAPACITY"], run)
 
 
 def topk_encode(
@@ -401,13 +413,11 @@ def _encode_in_chunks(
     n, n_latents = x.shape[0], W_enc.shape[0]
     rows, columns = chunk or chunk_shape(x, n_latents, k)
     rows, columns = min(rows, n), min(columns, n_latents)
-    lists = list_tiles(k)
+    if row_filter is None and (lists := list_tiles(k)) is not None:
+        row_filter = triton_filter(lists)
     with on_device(x):
         shift, bias = centring(x, W_enc, b_enc, b_dec)
-        if row_filter is not None:
-            width = row_filter.capacity
-        else:
-            width = k + columns if lists is None else lists.constexprs["CAPACITY"]
+        width = k + columns if row_filter is None else row_filter.capacity
         keys = torch.empty(rows, width, dtype=torch.int64, device=x.device)
         count = torch.empty(rows, dtype=torch.int32, device=x.device)
         limit = torch.empty(rows, dtype=torch.int32, device=x.device)
@@ -415,9 +425,6 @@ def _encode_in_chunks(
             r, c = pre.shape
             if row_filter is not None:
                 row_filter.run(pre, bias, keys, count, limit, first, first + c == n_latents, k)
-            elif lists is not None:
-                last = int(first + c == n_latents)
-                _filter_kernel[(r,)](pre, bias, keys, count, limit, c, first, last, k, **lists.options())
             else:
                 if first == 0:
                     keys[:, :k] = -1

@@ -237,23 +237,22 @@ def sae_backward_adam(
             PARALLEL=remove_parallel,
             UNIT=unit_norm,
         )
-        # All that has a head axis, in the order of the kernel's arguments; the last offset of a head is the next one's
+        # All that has a head axis, in the order of the kernel's arguments. The last offset of a head is the next one's
         # first, behind the view.
         lead = W_dec.shape[:-2]
         offsets, ends = csc.offsets[:-1].view(*lead, n_latents), csc.segment_ends.view(*lead, n_latents)
-        parameters = (
-            weights[0], low_W_enc, *moments[:2], b_enc, m_b_enc, v_b_enc, weights[1], low_W_dec, *moments[2:],
-        )  # fmt: skip
         position = None if extra_rows is None else _positions(extra_rows, n_latents)
-        with_axis = (offsets, ends, b_dec, *parameters, position, *extras, through)
-        launches = [with_axis]
-        if lead and extra_rows is not None:
-            launches = [tuple(t if t is None else t[head] for t in with_axis) for head in range(n_heads)]
-        for offsets, ends, bias, *rest in launches:
-            own, of_extra = rest[: len(parameters)], rest[len(parameters) :]
-            _step_kernel[(programs, n_heads // len(launches))](
-                e, x, values, csc.order, offsets, ends, device_scalar(scale, e.device), bias,
-                *own, part_dec, part_enc, part_db, *of_extra,
+        groups: tuple[tuple[Tensor | None, ...], ...] = (
+            (offsets, ends),
+            (b_dec, weights[0], low_W_enc, *moments[:2], b_enc, m_b_enc, v_b_enc, weights[1], low_W_dec, *moments[2:]),
+            (position, *extras, through),
+        )
+        apart = bool(lead) and extra_rows is not None
+        for head in range(n_heads if apart else 1):
+            entries, state, added = ([t[head] if apart and t is not None else t for t in group] for group in groups)
+            _step_kernel[(programs, 1 if apart else n_heads)](
+                e, x, values, csc.order, *entries, device_scalar(scale, e.device), *state,
+                part_dec, part_enc, part_db, *added,
                 values.shape[-1], d, n_latents, programs, csc.segment, *(salts or (0, 0)),
                 lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5,
                 **tiles.options(),

@@ -114,6 +114,7 @@ def stages(quick: bool) -> list[Stage]:
             found += sanitizers()
     if not quick:
         found.append(Stage("heads", python("-m", "benches.gpu.heads"), 60, 15, json_lines))
+        found.append(Stage("encode", python("-m", "benches.gpu.encode"), 40, 15, json_lines))
     found += [
         Stage("limits", python("-m", "benches.gpu.limits"), 60, 10, json_lines),
         Stage("projection", python("-m", "benches.gpu.projection"), 90, 20, json_lines),

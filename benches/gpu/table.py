@@ -117,7 +117,12 @@ def block(result: dict[str, Any]) -> str:
 def beside_the_shapes(result: dict[str, Any]) -> list[str]:
     """Tables of the stages whose rows stand for themselves: the batched heads, and the kernels in a language model."""
     lines: list[str] = []
-    for stage, what in (("heads", "one autoencoder per head"), ("end to end", "in a Llama of 8B's widths")):
+    stages = (
+        ("encode", "the chunked encoder by its row filter and the shape of its chunks"),
+        ("heads", "one autoencoder per head"),
+        ("end to end", "in a Llama of 8B's widths"),
+    )
+    for stage, what in stages:
         rows = [r for r in (result["stages"].get(stage) or {}).get("result") or [] if "ms" in r]
         if not rows:
             continue
