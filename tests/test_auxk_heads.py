@@ -215,3 +215,23 @@ def test_16_bit_products_are_those_of_autocast(monkeypatch, heads):
     for actual, own, exact in zip((mine.dW_enc, mine.dW_dec), *others, strict=True):
         assert actual.dtype == torch.float32
         assert (actual - exact).norm() <= 2 * (own - exact).norm() + 1e-2 * exact.norm()
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize(("size", "weight"), [(1 / 64, 1e-6), (1.0, 1e-6), (500.0, 1.0)])
+def test_fp16_products_neither_vanish_nor_overflow(monkeypatch, heads, size, weight):
+    """2 weight / n times an error of 0.005 is no fp16 number any more, and 500 times the width of a row too large a
+    one: errors are brought to length 1 for the products."""
+    x, (W_enc, b_enc, W_dec, b_dec) = problem(torch.float32)
+    W_dec = W_dec * 100 if size > 1 else W_dec  # errors x W_dec beyond 65504
+    e = torch.randn_like(x) * size * (0.3 if size <= 1 else 60)
+    x = x * size
+    given = [x, e, W_enc.half(), b_enc, W_dec.half(), b_dec]
+    dead, k_aux = (DEAD, 5) if heads else (listed(0), 3)
+    if not heads:
+        given = [t[0] for t in given]
+    monkeypatch.setattr(auxk, "_operands", lambda weights: torch.float16 if weights.dtype == torch.float16 else None)
+    mine = auxk.aux_k_gradients(*given, dead, k_aux, weight)
+    exact = auxk.aux_k_gradients(*(t.double() for t in given), dead, k_aux, weight)
+    for actual, wanted in ((mine.dW_enc, exact.dW_enc), (mine.dW_dec, exact.dW_dec), (mine.db_enc, exact.db_enc)):
+        assert (actual - wanted).norm() <= 3e-3 * wanted.norm()

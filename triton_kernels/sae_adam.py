@@ -209,9 +209,8 @@ def sae_backward_adam(
             own = rows + torch.arange(n_heads, device=e.device)[:, None] * n_latents
             for gradient, extra in zip(gradients, extras, strict=True):
                 if extra is not None:
-                    row = gradient.view(n_heads * n_latents, -1)
-                    added = extra.view(own.numel(), -1).to(torch.float32).masked_fill((rows < 0).view(-1, 1), 0)
-                    row.index_add_(0, own.clamp(min=0).flatten(), added)
+                    summands = extra.view(own.numel(), -1).to(torch.float32).masked_fill((rows < 0).view(-1, 1), 0)
+                    gradient.view(n_heads * n_latents, -1).index_add_(0, own.clamp(min=0).flatten(), summands)
         db_enc, We = gradients[1], We.to(torch.float32)
         wide_through = db_enc @ We if We.dim() == 2 else torch.bmm(db_enc[:, None], We)[:, 0]
         plain, constrained = (*numbers, None, False, False), (*numbers, None, remove_parallel, unit_norm)

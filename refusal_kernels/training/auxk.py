@@ -154,6 +154,16 @@ def _operands(weights: Tensor) -> torch.dtype | None:
     return weights.dtype if weights.is_cuda and weights.dtype in (torch.bfloat16, torch.float16) else None
 
 
+def _unit(squares: Tensor, operands: torch.dtype | None) -> Tensor | None:
+    """The power of two by which the rows of errors are divided before they are rounded to 16 bits, so that none is
+    longer than 1: an element of fp16 spans 2^-24 to 2^16 only. From the rows' squared lengths [tokens]: [1, 1], or with
+    heads [H, 1, 1] of [H, tokens]."""
+    if operands is None:
+        return None
+    length = squares.amax(-1, keepdim=True)[..., None].sqrt().clamp(min=2.0**-100)
+    return torch.exp2(torch.ceil(torch.log2(length)))
+
+
 def _product(a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
     """a @ b, of matrices or of batches of them."""
     if operands is None:
@@ -170,9 +180,10 @@ def _plus_product(base: Tensor, a: Tensor, b: Tensor, operands: torch.dtype | No
     return _product(a, b, operands).add_(base)
 
 
-def _add_product(sums: Tensor, a: Tensor, b: Tensor, operands: torch.dtype | None) -> None:
-    if operands is not None:
-        sums += _product(a, b, operands)
+def _add_product(sums: Tensor, a: Tensor, b: Tensor, operands: torch.dtype | None, unit: Tensor | None) -> None:
+    """sums += unit a @ b; `unit` comes with `operands`."""
+    if unit is not None:
+        sums.addcmul_(_product(a, b, operands), unit)
     elif a.dim() == 2:
         sums.addmm_(a, b)
     else:
@@ -203,9 +214,9 @@ def aux_k_gradients(
     n, ct = x.shape[-2], b_enc.dtype
     operands = _operands(W_enc)
     enc, dec, bias, shift, padding, scale = _dead_rows(W_enc, b_enc, W_dec, b_dec, dead, k_aux)
-    enc, dec = enc.to(ct), dec.to(ct)
-    factor = scale[:, None, None] * (2 * weight / n) if isinstance(scale, Tensor) else 2 * weight * scale / n
-    dW_enc, dW_dec = torch.zeros_like(enc), torch.zeros_like(dec)
+    if operands is None:
+        enc, dec = enc.to(ct), dec.to(ct)
+    dW_enc, dW_dec = (torch.zeros(enc.shape, dtype=ct, device=x.device) for _ in range(2))
     db_enc = torch.zeros(dead.shape, dtype=ct, device=x.device)
     loss = torch.zeros(dead.shape[:-1], dtype=ct, device=x.device)
     chunk = max(1, (GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // dead.numel())
@@ -219,12 +230,18 @@ def aux_k_gradients(
             top = torch.topk(acts, k_aux, dim=-1, sorted=False)
             acts = acts.zero_().scatter_(-1, top.indices, top.values)
         error = _plus_product(e[..., part, :].to(ct), acts, dec, operands)  # acts W_dec + e
-        loss += error.square().sum((-2, -1))
-        error *= factor
-        _add_product(dW_dec, acts.mT, error, operands)
+        squares = error.square().sum(-1)
+        loss += squares.sum(-1)
+        if (unit := _unit(squares, operands)) is not None:
+            error /= unit
+        _add_product(dW_dec, acts.mT, error, operands, unit)
         dacts = _product(error, dec.mT, operands).mul_(acts != 0)
-        _add_product(dW_enc, dacts.mT, centred, operands)
-        db_enc += dacts.sum(-2)
+        _add_product(dW_enc, dacts.mT, centred, operands, unit)
+        db_enc += dacts.sum(-2) if unit is None else dacts.sum(-2) * unit[..., 0]
+    # Last, because 2 weight / n is small enough to leave nothing of an fp16 number.
+    factor = scale * (2 * weight / max(n, 1))
+    for gradient in (dW_enc, dW_dec, db_enc[..., None]):
+        gradient *= factor[:, None, None] if isinstance(factor, Tensor) else factor
     if padding is not None:
         # 0 times an infinite error would be NaN in a row that belongs to a living latent.
         for gradient in (dW_enc, dW_dec, db_enc[..., None]):
