@@ -33,11 +33,14 @@ test: $(STAMPS)/package
 	$(BIN)/python -m pytest $(ARGS)
 
 # All that needs a GPU: build, value tests, benchmarks, compute-sanitizer. Whether there is one is asked before anything is
-# built; its result is kept below benches/results/gpu, where the README's table comes from.
+# built; its result is kept below benches/results/gpu, where the README's table comes from. A $(PYTHON) that has PyTorch
+# with CUDA is taken as it is, so that nothing is downloaded there; else .venv is made.
+GPU_RUN = -m benches.gpu --out gpu-run --keep $(ARGS)
+HAS_CUDA = import torch, triton, transformers, peft, pytest, typer; raise SystemExit(not torch.cuda.is_available())
 gpu:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no CUDA device" >&2; exit 1; }
-	@$(MAKE) --no-print-directory $(STAMPS)/package
-	$(BIN)/python -m benches.gpu --out gpu-run --keep $(ARGS)
+	@$(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null || $(MAKE) --no-print-directory $(STAMPS)/package
+	@if $(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null; then exec $(PYTHON) $(GPU_RUN); else exec $(BIN)/python $(GPU_RUN); fi
 
 bench: $(STAMPS)/package
 	$(BIN)/python -m benches $(ARGS)

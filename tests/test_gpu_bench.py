@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
 from benches import kernels, status, torch_paths  # noqa: E402
-from benches.gpu import model, peers, stages, table, values  # noqa: E402
+from benches.gpu import model, peers, sae, stages, table, values  # noqa: E402
+from benches.gpu.__main__ import keep_result  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
 
@@ -102,6 +103,44 @@ def test_no_stage_takes_the_time_of_a_later_one(monkeypatch: pytest.MonkeyPatch)
     first, last = everything[0], everything[-1]
     assert stages.allowed(last, [], 8 * 60) == last.limit
     assert stages.allowed(first, everything[1:], 5.0) == 5.0
+
+
+def test_every_column_is_measured_and_its_memory_is_known() -> None:
+    """At the first shape all; the largest state is asked for before it is made."""
+    first, *_, largest = ((Shape.parse(shape), columns.split()) for shape, (columns, _) in stages.COLUMNS.items())
+    assert set(first[1]) == {"parts", *sae.STEPS}
+    assert set(model.STATE_BYTES) == set(sae.STEPS)
+    assert model.least_step_bytes("dense", first[0]) == 18 * 2 * 2**29 + 4 * 2**32
+    weights = 2 * 4096 * 2**20
+    assert [model.least_step_bytes(column, largest[0]) for column in largest[1][1:]] == [8 * weights, 14 * weights]
+
+
+def test_parts_of_a_test_run_begin_with_what_has_run_before() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "--part", "1/3"]
+    run = subprocess.run([*command, values.FILES[0]], cwd=ROOT, capture_output=True, text=True)
+    names = [line for line in run.stdout.splitlines() if "::" in line]
+    int8 = re.compile("triton-int8|8_bit")
+    kinds = ["int8" if int8.search(name) else "cuda" if "cuda" in name else "triton" for name in names]
+    assert set(kinds) == {"triton", "cuda", "int8"}
+    assert kinds == sorted(kinds, key=["triton", "cuda", "int8"].index)
+
+
+def test_a_run_in_two_calls_is_one_result(tmp_path: Path) -> None:
+    def result(date: str, commit: str, stage: str, status: str = "ok") -> dict[str, Any]:
+        stages = {stage: {"status": status, "result": None}}
+        return {"date": date, "machine": {"gpu": "A GPU"}, "commit": commit, "kernels": {"k": "1"}, "stages": stages}
+
+    first = keep_result(result("2026-01-02T10:00:00", "a", "values", "failed: exit 1"), tmp_path)
+    assert first.name == "a-gpu-2026-01-02-1000.json"
+    assert keep_result(result("2026-01-02T10:20:00", "a", "heads"), tmp_path) == first
+    assert keep_result(result("2026-01-02T10:30:00", "a", "values"), tmp_path) == first
+    assert {name: s["status"] for name, s in table.newest(tmp_path)["stages"].items()} == {
+        "values": "ok",
+        "heads": "ok",
+    }
+    other = keep_result(result("2026-01-02T11:00:00", "b", "values"), tmp_path)
+    assert other != first
+    assert table.newest(tmp_path)["commit"] == "b"
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

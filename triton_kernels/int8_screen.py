@@ -83,7 +83,7 @@ def _least_limit(multiple_ptr, norm):
     return start, tl.maximum(_ordered(start), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _screen_kernel(
     sums_ptr, w_facts_ptr, bias_ptr, x_facts_ptr, multiple_ptr, list_ptr, count_ptr, limit_ptr,
     rows, columns, width, first, n_latents, k, noise,
@@ -162,7 +162,7 @@ def _screen_kernel(
     tl.store(limit_ptr + row, limit)
 
 
-@triton.jit(do_not_specialize=["top"])
+@triton.jit(do_not_specialize=["rows", "top"])
 def _settle_kernel(
     x_ptr, w_ptr, b_dec_ptr, bias_ptr, x_facts_ptr, multiple_ptr, list_ptr, count_ptr, limit_ptr, found_ptr,
     values_ptr, indices_ptr, computed_ptr, rows, top, d, k,

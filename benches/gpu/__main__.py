@@ -22,6 +22,23 @@ from .stages import allowed, run, stages
 from .table import KEPT, table
 
 
+def keep_result(result: dict[str, Any], folder: Path = KEPT) -> Path:
+    """Writes the result below `folder`: into the newest file there if that is of the same device, commit and kernels,
+    so that a run in two calls (`--only`) is one result; else into a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    of = f"{machine.slug(result['machine'])}-{result['date'][:10]}"
+    earlier = max(folder.glob(f"{of}*.json"), key=lambda path: json.loads(path.read_text())["date"], default=None)
+    if earlier is not None:
+        before = json.loads(earlier.read_text())
+        if all(before.get(key) == result[key] for key in ("commit", "kernels")):
+            result = {**result, "stages": {**before["stages"], **result["stages"]}}
+            earlier.write_text(json.dumps(result, indent=1) + "\n")
+            return earlier
+    path = folder / f"{of}-{result['date'][11:16].replace(':', '')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the result and the logs.")],
     minutes: Annotated[float, typer.Option(min=1, help="All stages end by then.")] = 8.0,
@@ -55,10 +72,7 @@ def main(
         print(f"{stage.name:30} {found['status']:24} {found['seconds']:6.1f} s", flush=True)
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     if keep:
-        KEPT.mkdir(parents=True, exist_ok=True)
-        kept = KEPT / f"{machine.slug(result['machine'])}-{result['date'][:10]}.json"
-        kept.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"kept: {kept}")
+        print(f"kept: {keep_result(result)}")
     print("\n" + table(result))
     if any(found["status"] != "ok" for found in result["stages"].values()):
         raise SystemExit(1)

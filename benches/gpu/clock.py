@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError as error:
         return {"error": "out of memory: " + str(error).split(". ")[1]}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"}
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after an illegal access every call raises
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

@@ -90,6 +90,16 @@ def aux_flops(s: Shape) -> int:
     return 5 * 2 * s.n * (s.f // 10) * s.d
 
 
+# Of a weight while a step runs: its fp32 parameter, two moments, the bf16 copy of autocast; PyTorch's also a gradient.
+STATE_BYTES = {"ours": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18}
+ACTIVATION_BYTES = {"dense": 4, "compile": 4, "sparse": 2}  # of a pre-activation, where all are kept
+
+
+def least_step_bytes(column: str, s: Shape) -> int:
+    """What one of the columns of benches.gpu.sae cannot be run without, all smaller tensors left out."""
+    return STATE_BYTES[column] * 2 * s.f * s.d + ACTIVATION_BYTES.get(column, 0) * s.n * s.f
+
+
 def step_ms(s: Shape, at: Device, adam_bytes: int) -> float:
     moved = decode_bytes(s) + transpose_bytes(s) + fused_optimizer_bytes(s, adam_bytes)
     return PREDICTIONS["encode, ours"](s, at) + at.move(moved)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ from .clock import attempt, measure
 RANKS = (8, 64, 128)
 
 
-def graph_of(run: object) -> torch.cuda.CUDAGraph:
+def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     """`run` captured, after a call on a side stream that compiles."""
-    assert callable(run)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -47,27 +47,50 @@ def of_cuda(entries: list[projection.Entry], graph: bool) -> dict[str, Any]:
     return {"error": error, **measure(graph_of(run).replay if graph else run, 20)}
 
 
+def wrong(run: Callable[[], Any]) -> tuple[Any, dict[str, str]]:
+    """(what `run` returns, {}), or (None, {"error": why}) where its comparison fails: that costs its own rows only."""
+    try:
+        return run(), {}
+    except (AssertionError, RuntimeError) as error:
+        return None, {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+
+
 @torch.no_grad()
 def main() -> None:
     """One JSON object per line and column."""
     torch.backends.cuda.matmul.allow_tf32 = False
+
+    def tell(row: dict[str, Any]) -> None:
+        print(json.dumps(row), flush=True)
+
     for rank in RANKS:
         entries = projection.problem(32, rank, "cuda")
         names = projection.columns(entries, "triton")
-        error = projection.check(entries, {"ours": names["ours"]})
-        names["ours, graph"] = graph_of(names["ours"]).replay
-        shared = {"r": rank, "bytes": projection.least_bytes(entries), "error": error}
+        shared: dict[str, Any] = {"r": rank, "bytes": projection.least_bytes(entries)}
+        error, failed = wrong(lambda e=entries, n=names: projection.check(e, {"ours": n["ours"]}))  # type: ignore[misc]
+        if failed:
+            tell({**shared, "name": "ours", **failed})
+            del names["ours"]
+        else:
+            shared["error"] = error
+            graph, failed = wrong(lambda n=names: graph_of(n["ours"]))  # type: ignore[misc]
+            if failed:
+                tell({**shared, "name": "ours, graph", **failed})
+            else:
+                names["ours, graph"] = graph.replay
         for name, run in names.items():
-            print(json.dumps({**shared, "name": name, **attempt(lambda run=run: measure(run, 20))}), flush=True)
+            tell({**shared, "name": name, **attempt(lambda run=run: measure(run, 20))})
         for name in ("ours, cuda", "ours, cuda, graph"):
-            row = attempt(functools.partial(of_cuda, entries, name.endswith("graph")))
-            print(json.dumps({**shared, "name": name, **row}), flush=True)
+            tell({**shared, "name": name, **attempt(functools.partial(of_cuda, entries, name.endswith("graph")))})
         with torch.enable_grad():
-            steps, error = projected_adam.columns(entries, "triton")
+            made, failed = wrong(lambda e=entries: projected_adam.columns(e, "triton"))  # type: ignore[misc]
+        steps, off = made or ({}, None)
+        if failed:
+            tell({"r": rank, "name": "step, ours", **failed})
         for name, run in steps.items():
-            row = {"r": rank, "error": error, "name": f"step, {name}"}
-            print(json.dumps({**row, **attempt(lambda run=run: measure(run, 20))}), flush=True)
-        del entries, names, steps
+            row = {"r": rank, "error": off, "name": f"step, {name}"}
+            tell({**row, **attempt(lambda run=run: measure(run, 20))})
+        del entries, names, made, steps
 
 
 if __name__ == "__main__":

@@ -36,12 +36,18 @@ def device_of(result: dict[str, Any]) -> Device | None:
     return Device.of((result["stages"].get("limits") or {}).get("result") or [])
 
 
+def shape_of(stage: str) -> Shape | None:
+    """Of a stage that measures one shape's step or parts."""
+    kind, _, shape = stage.partition(" ")
+    return Shape.parse(shape) if kind in ("sae", "others") else None
+
+
 def expectation(result: dict[str, Any], stage: str, entry: dict[str, Any]) -> str:
     """ "  predicted 46.2 ms, 70 %" beside a measurement that has a model."""
-    device = device_of(result)
-    if device is None or "ms" not in entry or not stage.startswith("sae "):
+    device, shape = device_of(result), shape_of(stage)
+    if device is None or "ms" not in entry or shape is None:
         return ""
-    ms = predicted(entry["name"], Shape.parse(stage.removeprefix("sae ")), device)
+    ms = predicted(entry["name"], shape, device)
     return "" if ms is None else f"  predicted {ms:.3g} ms, {100 * ms / entry['ms']:.0f} %"
 
 
@@ -150,8 +156,9 @@ def against_roofline(result: dict[str, Any]) -> list[str]:
         "|---|---|---:|---:|---:|",
     ]
     for name, stage in result["stages"].items():
-        for entry in (stage["result"] or []) if name.startswith("sae ") else []:
-            shape = Shape.parse(name.removeprefix("sae "))
+        if (shape := shape_of(name)) is None:
+            continue
+        for entry in stage["result"] or []:
             if "ms" in entry and (ms := predicted(entry["name"], shape, device)) is not None:
                 lines.append(
                     f"| {', '.join(map(str, shape))} | {entry['name'].removesuffix(', ours')} | {ms:.3g} | "

@@ -15,7 +15,7 @@ import time
 
 from ..machine import ROOT
 
-FILES = ("tests/test_gpu.py", "tests/test_cuda_compile.py")
+FILES = ("tests/test_gpu.py", "tests/test_cuda_compile.py", "tests/test_cuda_backward.py", "tests/test_benches.py")
 MOST = 8  # each holds a CUDA context, some 500 MB
 NO_TESTS = 5  # pytest's exit status of an empty part
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "SKIPPED": "skipped"}
