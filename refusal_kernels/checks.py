@@ -20,10 +20,12 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def describe(value: Any) -> str:
-    """How an argument is named in an error: shape, dtype and device of a tensor, the type and repr of anything else."""
+    """How an argument is named in an error: shape, dtype and device of a tensor, the type of anything else and its repr
+    on one line, cut off where it is long."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}, dtype {value.dtype}, device {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 200 else text[:197] + '...'}"
 
 
 def check_tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...], min_dim: int = 0) -> None:
@@ -80,14 +82,35 @@ def check_number(op: str, name: str, value: Any, expected: str, holds: Callable[
     is_number = is_number or (isinstance(value, numbers.Real) and not isinstance(value, bool))
     if not is_number:
         raise TypeError(f"{op}: {name} must be {expected}; got {describe(value)}")
-    if not holds(float(value)):
+    try:
+        number = float(value.detach() if isinstance(value, torch.Tensor) else value)
+    except OverflowError:  # an int of hundreds of digits
+        raise ValueError(f"{op}: {name} must be {expected}; got {describe(value)}") from None
+    if not holds(number):
         raise ValueError(f"{op}: {name} must be {expected}; got {value!r}")
-    return float(value)
+    return number
 
 
 def check_not_negative(op: str, name: str, value: Any) -> float:
     """`value` as a float of at least 0, not infinite and not NaN."""
     return check_number(op, name, value, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
+
+
+def check_flag(op: str, name: str, value: Any) -> bool:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {describe(value)}")
+    return value
+
+
+def check_in_memory(op: str, name: str, value: torch.Tensor) -> None:
+    """The numbers of `value` stand in memory, so that a kernel can update them there: it is no meta tensor, and none of
+    torch's tensors whose numbers are only known to be negated or zero."""
+    if value.device.type == "meta":
+        raise ValueError(f"{op}: {name} must hold data, because it is updated in place; got {describe(value)}")
+    if value.is_neg() or value._is_zerotensor():
+        how = "lazily negated (resolve_neg() makes a tensor of it)" if value.is_neg() else "a tensor of implicit zeros"
+        raise ValueError(f"{op}: {name} must stand in memory as it is, because it is updated in place; got one {how}")
 
 
 def check_separate_memory(op: str, **tensors: torch.Tensor) -> None:
@@ -114,7 +137,7 @@ def _share_an_element(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether one address belongs to both. Spans may meet without that: W[:, :d] and W[:, d:] interleave."""
     (a_start, a_end), (b_start, b_end) = _span(a), _span(b)
     start = min(a_start, b_start)
-    of_a = torch.zeros(max(a_end, b_end) - start, dtype=torch.bool)
+    of_a = torch.zeros(max(a_end, b_end) - start, dtype=torch.bool, device="cpu")
     of_a.as_strided(a.shape, a.stride(), a_start - start).fill_(True)
     return bool(of_a.as_strided(b.shape, b.stride(), b_start - start).any())
 

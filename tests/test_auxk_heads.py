@@ -235,3 +235,17 @@ def test_fp16_products_neither_vanish_nor_overflow(monkeypatch, heads, size, wei
     exact = auxk.aux_k_gradients(*(t.double() for t in given), dead, k_aux, weight)
     for actual, wanted in ((mine.dW_enc, exact.dW_enc), (mine.dW_dec, exact.dW_dec), (mine.db_enc, exact.db_enc)):
         assert (actual - wanted).norm() <= 3e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_nothing_dead_gives_a_loss_that_backward_takes(heads):
+    x, parameters = problem(torch.float32)
+    dead = torch.empty(H, 0, dtype=torch.int64)
+    if not heads:
+        x, parameters, dead = x[0], of_head(parameters, 0), dead[0]
+    loss = rk.aux_k_loss(x, x, *parameters, dead)
+    assert loss.shape == x.shape[:-2]
+    loss.sum().backward()
+    assert not loss.any()
+    with pytest.raises(ValueError, match="fire_counts must have one of the dtypes"):
+        rk.DeadLatents(3).update(torch.tensor([1.0, 0.0, torch.nan]), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -188,3 +189,37 @@ def _timed(call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def test_use_backend_is_local_to_its_asyncio_task():
+    x, W, b = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5)
+
+    async def job(name: str, seconds: float) -> tuple[str, str | None]:
+        with rk.use_backend(name):
+            await asyncio.sleep(seconds)
+            rk.topk_encode(x, W, b, 2)
+            return name, rk.last_backend("topk_encode")
+
+    async def together() -> list[tuple[str, str | None]]:
+        return await asyncio.gather(job("reference", 0.01), job("cpu", 0.03))
+
+    assert asyncio.run(together()) == [("reference", "reference"), ("cpu", "cpu")]
+    rk.topk_encode(x, W, b, 2)
+    assert rk.last_backend("topk_encode") == "cpu"
+
+
+def test_a_compiled_function_knows_no_block_that_has_ended():
+    """Tasks that leave their blocks in the order in which they entered them."""
+    x, W, b = torch.randn(2, 3), torch.randn(5, 3), torch.randn(5)
+    compiled = torch.compile(lambda x: rk.topk_encode(x, W, b, 2), fullgraph=True, backend="eager")
+
+    async def job(name: str, seconds: float) -> None:
+        with rk.use_backend(name):
+            await asyncio.sleep(seconds)
+
+    async def together() -> None:
+        await asyncio.gather(job("reference", 0.01), job("reference", 0.03))
+
+    asyncio.run(together())
+    compiled(x)
+    assert rk.last_backend("topk_encode") == "cpu"

@@ -155,3 +155,62 @@ def test_meta_tensors_give_shapes_and_gradients():
     assert all(t.grad is not None and t.grad.shape == t.shape for t in tensors)
     sae = TopKSAE(TopKSAEConfig(5, 11, 3), device="meta")
     assert sae(torch.empty(2, 6, 5, device="meta")).shape == (2, 6, 5)
+
+
+def steps_of_sae(compiled_too: bool, by_step: bool, **options) -> list[torch.Tensor]:
+    x, *parameters = leaves()
+    optimizer = rk.SAEAdam(*parameters, lr=0.01, **options)
+    for i, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 0.1 * i - 0.1)
+
+    def step(x):
+        if by_step:
+            return optimizer.step()
+        return rk.sae_step(x.detach(), *parameters, 3, optimizer=optimizer).loss
+
+    function = torch.compile(step, backend="eager") if compiled_too else step
+    for _ in range(4):
+        function(x)
+    assert {int(optimizer.state[p]["step"]) for p in parameters} == {4}
+    return [p.detach() for p in parameters]
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.05}])
+def test_training_steps_in_a_compiled_function_are_taken_outside_of_its_graph(by_step, options):
+    results = []
+    for compiled_too in (False, True):
+        torch.manual_seed(0)
+        results.append(steps_of_sae(compiled_too, by_step, **options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_projected_steps_in_a_compiled_function_take_every_group():
+    U = torch.eye(5)[:, :2]
+    results = []
+    for compiled_too in (False, True):
+        a, b = (torch.nn.Parameter(torch.zeros(6, 5)) for _ in range(2))
+        optimizer = rk.ProjectedAdamW([{"params": [a]}, {"params": [b]}], [(a, U, 1), (b, U, 1)], lr=0.01)
+        plan = rk.ProjectionPlan([(a, U, 1), (b, U, 1)])
+
+        def step(optimizer=optimizer, plan=plan):
+            optimizer.step()
+            plan.apply_()
+
+        function = torch.compile(step, backend="eager") if compiled_too else step
+        for _ in range(4):
+            a.grad, b.grad = torch.ones(6, 5), torch.ones(6, 5)
+            function()
+        results.append((a.detach(), b.detach()))
+    assert torch.equal(*results[0])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
+def test_aux_k_loss_is_one_graph():
+    x, W_enc, b_enc, W_dec, b_dec = leaves()
+    dead = torch.tensor([1, 4, 7])
+
+    def auxiliary(*tensors):
+        return rk.aux_k_loss(tensors[0], tensors[0].detach(), *tensors[1:], dead, 2)
+
+    assert_same_gradients(auxiliary, compiled(auxiliary), [x, W_enc, b_enc, W_dec, b_dec])

@@ -140,3 +140,126 @@ def test_clipping_16_bit_parameters(backend):
         rk.sae_step(x, *group, 3, optimizer=optimizer, backend=backend)
     for clipped, plain in zip(leaves, twins, strict=True):
         torch.testing.assert_close(clipped, plain, rtol=0.02, atol=0.02)
+
+
+def adam(**options) -> torch.optim.Adam:
+    """After a step."""
+    made = torch.optim.Adam(parameters(), **options)
+    for p in made.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    made.step()
+    return made
+
+
+def test_state_goes_to_and_from_torchs_adam():
+    mine = rk.SAEAdam(*parameters(), lr=0.02)
+    steps(mine, 2)
+    theirs = torch.optim.Adam([p.detach().clone().requires_grad_() for p in mine.parameters])
+    theirs.load_state_dict(mine.state_dict())
+    back = rk.SAEAdam(*(p.detach().clone().requires_grad_() for p in mine.parameters), unit_norm_decoder=False)
+    back.remove_parallel_grad = False
+    back.load_state_dict(theirs.state_dict())
+    for optimizer in (theirs, back):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = p.detach().cos()
+        optimizer.step()
+    for a, b in zip(theirs.param_groups[0]["params"], back.parameters, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{"maximize": True}, {"weight_decay": 0.1}, {"amsgrad": True}])
+def test_options_of_torchs_adam_that_are_not_offered_are_refused(options):
+    mine = rk.SAEAdam(*parameters())
+    before = copy.deepcopy(mine.state_dict())
+    [name] = options
+    with pytest.raises(ValueError, match=f"SAEAdam: {name} is not offered; got a parameter group with {name}="):
+        mine.load_state_dict(adam(**options).state_dict())
+    assert mine.state_dict() == before
+    mine.param_groups[0].update(options)
+    for p in mine.parameters:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=f"{name} is not offered"):
+        mine.step()
+
+
+@pytest.mark.parametrize("state", [None, {}, {"state": {}}, [1]])
+def test_what_is_no_state_is_named(state):
+    for optimizer in (rk.SAEAdam(*parameters()), rk.ProjectedAdamW(parameters(), [])):
+        with pytest.raises(ValueError, match="state_dict must be what state_dict\\(\\) returned"):
+            optimizer.load_state_dict(state)
+
+
+def test_state_of_other_shapes_is_named():
+    other = torch.optim.Adam([torch.ones(3, 3, requires_grad=True) for _ in SHAPES])
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    other.step()
+    for optimizer in (rk.SAEAdam(*parameters()), rk.ProjectedAdamW(parameters(), [])):
+        with pytest.raises(ValueError, match=r"exp_avg of shape \(12, 6\) for parameter 0 of group 0; got .* \(3, 3\)"):
+            optimizer.load_state_dict(other.state_dict())
+
+
+def test_checkpoints_from_before_the_options_of_adam_were_kept_load():
+    mine = rk.SAEAdam(*parameters())
+    steps(mine, 1)
+    old = mine.state_dict()
+    for name in ("weight_decay", "amsgrad", "maximize"):
+        del old["param_groups"][0][name]
+    other = rk.SAEAdam(*parameters())
+    other.load_state_dict(old)
+    assert other.param_groups[0]["weight_decay"] == 0
+
+
+def test_a_module_converted_after_the_first_step_is_named():
+    module = torch.nn.ParameterList(parameters())
+    optimizer = rk.SAEAdam(*module)
+    held = rk.ProjectedAdamW([module[0]], [(module[0], torch.eye(D)[:, :2], 1)])
+    steps(optimizer, 1)
+    held.step()
+    module.double()
+    for p in module:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"SAEAdam: a parameter is .* torch.float64.* now, and its moments, made"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"ProjectedAdamW: a held parameter is .* torch.float64"):
+        held.step()
+
+
+def test_counts_stay_on_the_cpu_whatever_the_default_device():
+    optimizer = rk.SAEAdam(*parameters())
+    held = parameters()
+    projected = rk.ProjectedAdamW(held, [(held[0], torch.eye(D)[:, :2], 1)])
+    for p in held:
+        p.grad = torch.ones_like(p)
+    with torch.device("meta"):
+        for p in optimizer.parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        projected.step()
+    for made in (optimizer, projected):
+        assert {state["step"].device.type for state in made.state.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("option", ["unit_norm_decoder", "remove_parallel_grad"])
+def test_a_flag_is_true_or_false(option):
+    with pytest.raises(TypeError, match=f"SAEAdam: {option} must be True or False; got str 'yes'"):
+        rk.SAEAdam(*parameters(), **{option: "yes"})
+
+
+def test_gradients_that_are_only_known_to_be_negated():
+    results = []
+    for negated in (False, True):
+        torch.manual_seed(1)
+        optimizer = rk.SAEAdam(*parameters())
+        for p in optimizer.parameters:
+            g = torch.complex(torch.randn_like(p), torch.randn_like(p)).conj().imag
+            p.grad = g if negated else g.clone().resolve_neg()
+            assert p.grad.is_neg() == negated
+        optimizer.step()
+        results.append([p.detach() for p in optimizer.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    lazily = torch._neg_view(torch.randn(F, D)).requires_grad_()
+    with pytest.raises(ValueError, match=r"W_enc must stand in memory as it is.*got one lazily negated"):
+        rk.SAEAdam(lazily, *parameters()[1:])
+    with pytest.raises(ValueError, match="W_enc must hold data"):
+        rk.SAEAdam(torch.empty(F, D, device="meta"), *(torch.empty(s, device="meta") for s in SHAPES[1:]))

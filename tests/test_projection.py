@@ -7,6 +7,7 @@ gradients) plus one rounding of the result.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
@@ -560,3 +561,70 @@ def test_reference_is_the_formula() -> None:
     torch.testing.assert_close(
         reference.project_out(g, 1, u, 0.4, u.T @ direction), plain(g, u, 1, 0.4, direction), rtol=0, atol=1e-14
     )
+
+
+def test_a_plan_refuses_what_is_not_in_memory_as_it_is() -> None:
+    U = torch.eye(5)[:, :2]
+    for tensor, words in (
+        (torch.complex(torch.randn(6, 5), torch.randn(6, 5)).conj().imag, "must stand in memory as it is.*negated"),
+        (torch._efficientzerotensor((6, 5)), "must stand in memory as it is.*implicit zeros"),
+        (torch.empty(6, 5, device="meta"), "must hold data"),
+    ):
+        with pytest.raises(ValueError, match=rf"entries\[0\] tensor {words}"):
+            rk.ProjectionPlan([(tensor, U.to(tensor.device), 1)])
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_plan_can_be_pickled(applied: bool) -> None:
+    tensor, U = torch.randn(6, 5), torch.eye(5)[:, :2]
+    plan = rk.ProjectionPlan([(tensor, U, 1)])
+    if applied:
+        plan.apply_()
+        tensor.normal_()
+    other = pickle.loads(pickle.dumps(plan))
+    other.apply_()
+    assert not other._tensors[0][:, :2].any()
+    assert tensor[:, :2].any()
+    plan.apply_()
+    assert torch.equal(other._tensors[0], tensor)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_plan_sees_other_data_of_a_basis_and_of_a_tensor(backend: str) -> None:
+    tensor, U, v = torch.randn(6, 5), torch.eye(5)[:, :2].contiguous(), torch.ones(5)
+    before = U.data
+    plan = rk.ProjectionPlan([(tensor, U, 1)], backend=backend)
+    directed = rk.ProjectionPlan([(tensor, U, 1)], only_against=[v], backend=backend)
+    plan.apply_()
+    U.data = torch.eye(5)[:, 3:].contiguous()
+    tensor.normal_()
+    plan.apply_()
+    assert not tensor[:, 3:].any()
+    assert torch.equal(before, torch.eye(5)[:, :2])  # what it was taken over from is left alone
+    v.data = -torch.ones(5)
+    tensor.copy_(torch.ones(6, 5))
+    directed.apply_()
+    assert not tensor[:, 3:].any()
+    U.data = torch.ones(5, 2)
+    with pytest.raises(ValueError, match="must have orthonormal columns"):
+        plan.apply_()
+    U.data = torch.eye(5)[:, :3].contiguous()
+    with pytest.raises(ValueError, match=r"entries\[0\] basis had shape \(5, 2\) when the plan was built"):
+        plan.apply_()
+    U.data, tensor.data = before, tensor.double()
+    with pytest.raises(
+        ValueError, match=r"entries\[0\] tensor had shape .* dtype torch.float32.*; got .* torch.float64"
+    ):
+        plan.apply_()
+
+
+def test_numbers_of_numpy_and_of_too_many_digits() -> None:
+    import numpy as np
+
+    tensor, U = torch.randn(6, 5), torch.eye(5)[:, :2]
+    assert torch.equal(rk.project_out(tensor, U, np.int64(1)), rk.project_out(tensor, U, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strength must be a number in"):
+        rk.project_out(tensor, U, 1, 10**400)
+    with pytest.raises(TypeError, match=r"g must be a torch.Tensor; got ndarray") as refused:
+        rk.project_out(np.zeros((100, 100)), U, 1)  # type: ignore[arg-type]
+    assert len(str(refused.value)) < 300

@@ -205,7 +205,7 @@ def prepare(
 
 def _on_device(addresses: list[int], device: torch.device) -> Tensor:
     """Without a wait for the stream, which a copy from memory that is not pinned would be."""
-    table = torch.tensor(addresses, dtype=torch.int64)
+    table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

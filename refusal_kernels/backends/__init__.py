@@ -13,7 +13,10 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 from .base import Backend, BackendError, Request
 from .cpu import CpuBackend
@@ -69,18 +72,26 @@ BACKWARD = {f"{op}_backward" for op in OPERATORS if op not in _STEPS}
 NAMES = (*BACKENDS, "auto")
 
 
-class _Requested(threading.local):
-    """The name that the innermost `use_backend` block of this thread asks for, or None.
+# The name that the innermost `use_backend` block around a call asks for, or None: of the thread and the asyncio task.
+_block: ContextVar[str | None] = ContextVar("refusal_kernels.use_backend", default=None)
 
-    Not a ContextVar: torch.compile can trace and guard an attribute of a thread-local object, so that a block works
-    inside a compiled function and one around it compiles that function for its back-end.
-    """
+
+class _Traced(threading.local):
+    """The same as torch.compile sees it. It can trace and guard an attribute of a thread-local object but no
+    ContextVar, so that a block works inside a compiled function and one around it compiles that function for its
+    back-end. A compiled function sees the block that its thread has entered or left last."""
 
     def __init__(self) -> None:
         self.name: str | None = None  # on the instance: a default on the class would not be guarded
 
 
-_requested = _Requested()
+_traced = _Traced()
+
+
+def _asked() -> str | None:
+    return _traced.name if torch.compiler.is_dynamo_compiling() else _block.get()
+
+
 _last: dict[str, str] = {}
 _warned: set[str] = set()
 
@@ -96,17 +107,25 @@ def use_backend(name: str) -> Iterator[None]:
     """Runs every operator of the block on one back-end: "reference", "cpu", "triton", "cuda", "triton-int8", or "auto"
     to choose.
 
-    Backward passes use the back-end their forward pass was given, also after the block. Local to the thread. Works
-    inside and around functions under torch.compile, which compiles one graph per back-end asked for; an exported
-    program keeps the request it was exported with. Raises ValueError for an unknown name; the operators raise
-    BackendError when the back-end cannot run them.
+    Backward passes use the back-end their forward pass was given, also after the block. Local to the thread and to the
+    asyncio task. Works inside and around functions under torch.compile, which compiles one graph per back-end asked
+    for; an exported program keeps the request it was exported with. Raises ValueError for an unknown name; the
+    operators raise BackendError when the back-end cannot run them.
     """
-    outer = _requested.name
-    _requested.name = _check_name(name, "use_backend: name")
+    _check_name(name, "use_backend: name")
+    if torch.compiler.is_dynamo_compiling():
+        outer, _traced.name = _traced.name, name
+        try:
+            yield
+        finally:
+            _traced.name = outer
+        return
+    token, _traced.name = _block.set(name), name
     try:
         yield
     finally:
-        _requested.name = outer
+        _block.reset(token)
+        _traced.name = _block.get()
 
 
 def last_backend(op: str) -> str | None:
@@ -125,7 +144,7 @@ def last_backend(op: str) -> str | None:
 def requested_backend(backend: str | None) -> str | None:
     """What is asked for where an operator is called: its `backend=`, else the name of the `use_backend` block, else
     None, which leaves it to the environment when the operator runs. Forward and backward pass share the answer."""
-    return _requested.name if backend is None else _check_name(backend, "backend")
+    return _asked() if backend is None else _check_name(backend, "backend")
 
 
 def select(op: str, request: Request, backend: str | None, record_as: str | None = None) -> Backend:
@@ -159,7 +178,7 @@ def cpu_kernel(op: str, backend: str | None) -> Any | None:
     """The C++ kernel of `op` where `select` would choose it for every supported dtype on the CPU, else None; recorded
     like `select`. For calls so short that the choice itself would take as long as the kernel."""
     if backend is None:
-        backend = _requested.name or os.environ.get(ENVIRONMENT_VARIABLE)
+        backend = _asked() or os.environ.get(ENVIRONMENT_VARIABLE)
     if backend and backend != "cpu" and backend != "auto":
         return None
     kernel = BACKENDS["cpu"].primitive(op)

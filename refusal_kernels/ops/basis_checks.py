@@ -9,6 +9,7 @@ it is costs a dictionary look-up. Not measured: while a CUDA graph is being capt
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from ..checks import FLOAT_DTYPES, check_number, check_same_device, check_shape,
 # computed in fp32 by less than this.
 LEAST_TOLERANCE = 5e-4
 
-_measured: WeakIdKeyDictionary = WeakIdKeyDictionary()  # basis -> its version when it was found orthonormal
+# Basis -> its version when it was found orthonormal, and its address: `.data` can be replaced, which counts nothing.
+_measured: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def check_strength(op: str, strength: Any) -> float:
@@ -31,8 +33,9 @@ def check_strength(op: str, strength: Any) -> float:
 
 def check_dim(op: str, name: str, dim: Any, tensor: Tensor) -> int:
     """`dim` as a non-negative int that counts a dimension of `tensor`."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if isinstance(dim, (bool, Tensor)) or not hasattr(dim, "__index__"):
         raise TypeError(f"{op}: {name} must be an integer; got {describe(dim)}")
+    dim = operator.index(dim)
     if not -tensor.dim() <= dim < tensor.dim():
         raise ValueError(
             f"{op}: {name} must be in [{-tensor.dim()}, {tensor.dim() - 1}] for a tensor of shape "
@@ -77,7 +80,7 @@ def check_orthonormal(op: str, name: str, basis: Tensor) -> None:
     if r == 0 or (basis.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     now = version(basis)
-    if now is not None and _measured.get(basis) == now:
+    if now is not None and _measured.get(basis) == (now, basis.data_ptr()):
         return
     if r > n:
         raise ValueError(f"{op}: {name} must have at most as many columns as rows; got {describe(basis)}")
@@ -92,4 +95,4 @@ def check_orthonormal(op: str, name: str, basis: Tensor) -> None:
             f"{describe(basis)} (orthonormal_basis makes one of any vectors)"
         )
     if now is not None:
-        _measured[basis] = now
+        _measured[basis] = now, basis.data_ptr()

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..checks import describe
+from ..checks import check_in_memory, describe
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
     """Every element of `tensor` has a place of its own, so that each can be updated on its own."""
+    check_in_memory(op, name, tensor)
     axes = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     extent = 1
     for stride, size in axes:
@@ -63,7 +64,7 @@ def _marks(tensor: Tensor, unit: int = 0, start: int = 0, end: int = 0) -> Tenso
     size = tensor.element_size()
     own_start, own_end = _span(tensor)
     unit, start, end = unit or size, start or own_start, end or own_end
-    marks = torch.zeros((end - start) // unit, dtype=torch.bool)
+    marks = torch.zeros((end - start) // unit, dtype=torch.bool, device="cpu")
     each = size // unit
     shape, strides = (*tensor.shape, each), (*(stride * each for stride in tensor.stride()), 1)
     marks.as_strided(shape, strides, (own_start - start) // unit).fill_(True)

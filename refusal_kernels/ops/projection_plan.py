@@ -29,21 +29,21 @@ _COUNT = operator.attrgetter("_version")
 
 @dataclass
 class _Basis:
-    """A basis as given, the version that was checked, and its form for the kernels: the compute dtype, contiguous."""
+    """A basis as given, what of it was checked (`_seen`), and its form for the kernels: compute dtype, contiguous."""
 
     source: Tensor
     name: str
-    checked: int | None
+    checked: tuple[int | None, int]
     ready: Tensor
 
 
 @dataclass
 class _Direction:
-    """U^T v [r] of a direction v and a basis, and the versions of both that it was computed from."""
+    """U^T v [r] of a direction v and a basis, and what of both it was computed from (`_seen`)."""
 
     source: Tensor
     basis: int
-    versions: tuple[int | None, int | None]
+    versions: tuple[int | None, ...]
     ready: Tensor
 
 
@@ -66,7 +66,9 @@ class ProjectionPlan:
     The plan holds the tensors it is given: `apply_` sees every later in-place change of them, and a parameter whose
     `.data` was replaced by a tensor of the same shape, dtype and device. A `.grad` that is set to None and created
     anew is another tensor; build the plan anew then, or keep it (`zero_grad(set_to_none=False)`). Bases and directions
-    are held as well. One that was changed in place is looked at again, bases measured included.
+    are held as well. One that was changed in place, or given other data, is looked at again,
+    bases measured included; a write past torch's version counter (`basis.data.copy_`, `basis.numpy()[:] = ...`) is not
+    seen. deepcopy and pickle work.
 
     Args:
         entries: (tensor, basis, dim) each. tensor: any shape of at least one dimension, any strides in which every
@@ -117,6 +119,9 @@ class ProjectionPlan:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # which has addresses in it
+
     def __repr__(self) -> str:
         numbers = sum(e.tensor.numel() for e in self._entries)
         return (
@@ -124,6 +129,7 @@ class ProjectionPlan:
             f"strength={self.strength:g})"
         )
 
+    @torch._disable_dynamo  # it keeps and compares addresses
     @torch.no_grad()
     def apply_(self) -> None:
         """Projects every tensor in place.
@@ -159,7 +165,7 @@ class ProjectionPlan:
             check_orthonormal(OP, name, basis)
             ready = basis.detach().to(dtype).contiguous()
             self._basis_index[key] = len(self._bases)
-            self._bases.append(_Basis(basis, name, version(basis), ready))
+            self._bases.append(_Basis(basis, name, _seen(basis), ready))
         return self._basis_index[key]
 
     def _direction(self, direction: Tensor, basis: int) -> int:
@@ -168,7 +174,7 @@ class ProjectionPlan:
             of_basis = self._bases[basis]
             with torch.no_grad(), without_autocast(direction.device.type):
                 ready = against_coefficients(of_basis.ready, direction.detach()).contiguous()
-            versions = (version(direction), of_basis.checked)
+            versions = (*_seen(direction), *of_basis.checked)
             self._direction_index[key] = len(self._directions)
             self._directions.append(_Direction(direction, basis, versions, ready))
         return self._direction_index[key]
@@ -176,7 +182,11 @@ class ProjectionPlan:
     def _refresh(self) -> None:
         """Takes in what was changed since the last call: bases, directions, storage of the tensors."""
         # Asked of all at once: one after the other would be a third of a call on two cores.
-        if self._uncounted or list(map(_COUNT, self._sources)) != self._counts:
+        if (
+            self._uncounted
+            or list(map(_COUNT, self._sources)) != self._counts
+            or list(map(Tensor.data_ptr, self._sources)) != self._addresses
+        ):
             self._refresh_bases()
         pointers, shapes, strides = self._places
         if (
@@ -188,14 +198,22 @@ class ProjectionPlan:
 
     def _refresh_bases(self) -> None:
         for basis in self._bases:
-            now = version(basis.source)
-            if now is None or now != basis.checked:
+            now = _seen(basis.source)
+            if now[0] is None or now != basis.checked:
+                if basis.source.shape != basis.ready.shape:
+                    raise ValueError(
+                        f"{OP}: {basis.name} had shape {tuple(basis.ready.shape)} when the plan was built; "
+                        f"got {describe(basis.source)}"
+                    )
                 check_orthonormal(OP, basis.name, basis.source)
-                if basis.ready.data_ptr() != basis.source.data_ptr():
+                if now[1] != basis.checked[1]:  # `.data` was replaced: what was taken over may be another's memory
+                    basis.ready = basis.source.detach().to(basis.ready.dtype).contiguous()
+                    self._prepared = None
+                elif basis.ready.data_ptr() != now[1]:
                     basis.ready.copy_(basis.source)
                 basis.checked = now
         for direction in self._directions:
-            versions = (version(direction.source), self._bases[direction.basis].checked)
+            versions = (*_seen(direction.source), *self._bases[direction.basis].checked)
             if None in versions or versions != direction.versions:
                 with without_autocast(direction.source.device.type):
                     direction.ready.copy_(against_coefficients(self._bases[direction.basis].ready, direction.source))
@@ -203,11 +221,11 @@ class ProjectionPlan:
         self._look_at_sources()
 
     def _refresh_tensors(self) -> None:
-        for i, (entry, planned) in enumerate(zip(self._entries, self._places[1], strict=True)):
-            if entry.tensor.shape != planned:
+        for i, (entry, shape, kind) in enumerate(zip(self._entries, self._places[1], self._kind_of, strict=True)):
+            if (entry.tensor.shape, entry.tensor.device, entry.tensor.dtype) != (shape, *kind):
                 raise ValueError(
-                    f"{OP}: entries[{i}] tensor had shape {tuple(planned)} when the plan was built; "
-                    f"got {describe(entry.tensor)}"
+                    f"{OP}: entries[{i}] tensor had shape {tuple(shape)} when the plan was built, dtype {kind[1]}, "
+                    f"device {kind[0]}; got {describe(entry.tensor)}"
                 )
             check_writable(OP, f"entries[{i}] tensor", entry.tensor)
         check_no_overlaps(
@@ -222,7 +240,8 @@ class ProjectionPlan:
         """Keeps what a call would otherwise ask of every tensor anew: it changes with the storage only."""
         tensors = self._tensors
         self._places = [t.data_ptr() for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors]
-        self._kinds = {(tensor.device, tensor.dtype): tensor for tensor in self._tensors}
+        self._kind_of = [(tensor.device, tensor.dtype) for tensor in tensors]
+        self._kinds = dict(zip(self._kind_of, tensors, strict=True))
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
 
     def _look_at_sources(self) -> None:
@@ -231,6 +250,7 @@ class ProjectionPlan:
         self._uncounted = any(source.is_inference() for source in sources)
         self._sources = [] if self._uncounted else sources
         self._counts = [source._version for source in self._sources]
+        self._addresses = [source.data_ptr() for source in self._sources]
 
     def _prepare(
         self, chosen: dict[tuple[torch.device, torch.dtype], Backend]
@@ -258,6 +278,11 @@ class ProjectionPlan:
             )
             calls.append((device, run))
         return calls
+
+
+def _seen(tensor: Tensor) -> tuple[int | None, int]:
+    """What shows that a tensor was changed: its version, and its address, for `.data` can be replaced."""
+    return version(tensor), tensor.data_ptr()
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:

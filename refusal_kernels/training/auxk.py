@@ -78,7 +78,7 @@ def aux_k_loss(
     check_dead("aux_k_loss", dead, n_latents, lead[0] if lead else None)
     x, residual = x.reshape(*lead, -1, d), residual.reshape(*lead, -1, d)
     if dead.numel() == 0 or x.numel() == 0:
-        return x.new_zeros(lead)
+        return x.new_zeros(lead) + b_dec[..., :0].sum(-1)  # 0, which backward() may be called on
     of = _dead_rows(W_enc, b_enc, W_dec, b_dec, dead, k_aux)
     acts = torch.relu((x - of.shift) @ of.enc.mT + of.bias)
     if of.padding is not None:
@@ -125,13 +125,14 @@ def check_dead(op: str, dead: Tensor, n_latents: int, heads: int | None = None) 
     """`dead` is an int64 vector of latents, or with heads a matrix of them padded with -1; their range is looked at on
     a CPU only (a GPU would be waited for)."""
     check_tensor(op, "dead", dead, (torch.int64,), min_dim=1)
+    looked_at = dead.device.type == "cpu" and dead.numel() > 0 and not torch.compiler.is_compiling()
     if heads is not None:
         if dead.dim() != 2 or dead.shape[0] != heads:
             raise ValueError(
                 f"{op}: dead must have shape [H, D] with H = W_enc.shape[0] = {heads}, because W_enc has a head axis: "
                 f"each head's distinct latents, then -1; got shape {tuple(dead.shape)}"
             )
-        if dead.device.type == "cpu" and dead.numel():
+        if looked_at:
             if not -1 <= int(dead.min()) <= int(dead.max()) < n_latents:
                 raise ValueError(
                     f"{op}: dead must hold latents in [0, F) with F = {n_latents}, or -1 behind them; "
@@ -142,7 +143,7 @@ def check_dead(op: str, dead: Tensor, n_latents: int, heads: int | None = None) 
         return
     if dead.dim() != 1:
         raise ValueError(f"{op}: dead must be a vector [D] of distinct latents; got shape {tuple(dead.shape)}")
-    if dead.device.type == "cpu" and dead.numel() and not 0 <= int(dead.min()) <= int(dead.max()) < n_latents:
+    if looked_at and not 0 <= int(dead.min()) <= int(dead.max()) < n_latents:
         raise ValueError(
             f"{op}: dead must hold latents in [0, F) with F = {n_latents}; got {int(dead.min())} to {int(dead.max())}"
         )

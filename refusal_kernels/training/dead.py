@@ -71,6 +71,7 @@ class DeadLatents:
         """
         if not isinstance(fire_counts, Tensor):
             raise TypeError(f"DeadLatents.update: fire_counts must be a tensor [F]; got {describe(fire_counts)}")
+        check_tensor("DeadLatents.update", "fire_counts", fire_counts, INDEX_DTYPES)
         check_shape("DeadLatents.update", "fire_counts", fire_counts, self._shape, self._axes)
         if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 0:
             raise ValueError(f"DeadLatents.update: n_tokens must be an integer of at least 0; got {n_tokens!r}")
@@ -95,7 +96,7 @@ class DeadLatents:
         if dead.device.type != "cuda":
             self._take(order, found)
             return
-        count = torch.empty(found.shape, dtype=torch.int64, pin_memory=True)
+        count = torch.empty(found.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         count.copy_(found, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()

@@ -11,8 +11,19 @@ from torch import Tensor
 
 from .. import compact
 from ..backends import BACKENDS, Backend, Request, requested_backend, select
-from ..checks import check_encoder, check_not_negative, check_number, check_separate_memory, check_shape, describe
+from ..checks import (
+    check_encoder,
+    check_flag,
+    check_in_memory,
+    check_not_negative,
+    check_number,
+    check_separate_memory,
+    check_shape,
+    describe,
+)
 
+# Options of torch.optim.Adam that its step asks a group for and this optimizer does not offer: as Adam has them.
+NOT_OFFERED = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -98,6 +109,8 @@ class SAEAdam(torch.optim.Optimizer):
         check_not_negative("SAEAdam", "eps", eps)
         if max_grad_norm is not None:
             check_number("SAEAdam", "max_grad_norm", max_grad_norm, "a number greater than 0, or None", lambda v: v > 0)
+        check_flag("SAEAdam", "unit_norm_decoder", unit_norm_decoder)
+        check_flag("SAEAdam", "remove_parallel_grad", remove_parallel_grad)
         check_compact("SAEAdam", W_enc.dtype, moment_dtype, split_master)
         requested_backend(backend)
         self.moment_dtype = moment_dtype
@@ -107,7 +120,7 @@ class SAEAdam(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self._gradient_buffers: tuple[Tensor, Tensor] | None = None
-        super().__init__([W_enc, b_enc, W_dec, b_dec], {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__([W_enc, b_enc, W_dec, b_dec], {"lr": lr, "betas": betas, "eps": eps, **NOT_OFFERED})
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer's own keeps its three attributes alone. The gradient buffers are scratch.
@@ -149,12 +162,18 @@ class SAEAdam(torch.optim.Optimizer):
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """(exp_avg, exp_avg_sq) of a parameter, made as zeros on first use."""
-        state = self.state[parameter]
+        state, form = self.state[parameter], self._form(parameter)
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, dtype in self._form(parameter).items():
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            for name, dtype in form.items():
                 state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
-        return state["exp_avg"], state["exp_avg_sq"]
+        m, v = state["exp_avg"], state["exp_avg_sq"]
+        if m.dtype != form["exp_avg"] or m.device != parameter.device:  # the module was moved or converted since
+            raise ValueError(
+                f"SAEAdam: a parameter is {describe(parameter)} now, and its moments, made before, are {describe(m)}: "
+                "make a new optimizer and load this one's state_dict() into it"
+            )
+        return m, v
 
     def low(self, parameter: Tensor) -> Tensor | None:
         """The lower halves of a weight's master weights, int16 in its shape; None where weights are not split."""
@@ -174,13 +193,23 @@ class SAEAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, of this optimizer or of torch.optim.Adam, converting it to this optimizer's
-        form: moments rounded to nearest, lower halves zero where there were none."""
+        form: moments rounded to nearest, lower halves zero where there were none.
+
+        Raises ValueError or TypeError for anything else, for state of other shapes, and for groups of torch.optim.Adam
+        with weight_decay, amsgrad or maximize, which are not offered."""
+        check_state_dict("SAEAdam", state_dict, self.param_groups)
+        for group in state_dict["param_groups"]:
+            check_offered("SAEAdam", group)
         super().load_state_dict(state_dict)
+        for name, value in NOT_OFFERED.items():
+            self.param_groups[0].setdefault(name, value)
         # Optimizer's own casts every tensor to the parameter's dtype: what it was given is looked at once more.
         for key, parameter in zip(state_dict["param_groups"][0]["params"], self.parameters, strict=True):
             given, state = state_dict["state"].get(key), self.state.get(parameter)
             if not given or not state:
                 continue
+            # A count of its own: Optimizer's load_state_dict keeps the tensor that another optimizer counts in.
+            state["step"] = torch.as_tensor(given["step"], dtype=torch.float32, device="cpu").clone()
             for name, dtype in self._form(parameter).items():
                 like: dict[str, Any] = {"dtype": dtype, "device": parameter.device}
                 if name in given:
@@ -213,6 +242,7 @@ class SAEAdam(torch.optim.Optimizer):
     def advance(self, parameter: Tensor) -> AdamStep:
         """Counts one step of a parameter and returns its scalars."""
         group = self.param_groups[0]
+        check_offered("SAEAdam", group)
         beta1, beta2 = group["betas"]
         self.moments(parameter)
         self.state[parameter]["step"] += 1
@@ -222,6 +252,7 @@ class SAEAdam(torch.optim.Optimizer):
         self._opt_called = True
         return AdamStep(float(group["lr"]), beta1, beta2, group["eps"], 1 - beta1**t, 1 - beta2**t)
 
+    @torch._disable_dynamo  # traced, Python's counting of steps went to the wrong parameter without a word
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of the parameters that have a `.grad`, which is only read."""
@@ -233,6 +264,7 @@ class SAEAdam(torch.optim.Optimizer):
         self.apply_gradients(dW_enc, db_enc, dW_dec, db_dec, backend=self.backend)
         return loss
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def apply_gradients(
         self,
@@ -244,7 +276,7 @@ class SAEAdam(torch.optim.Optimizer):
     ) -> None:
         """The same step from gradients given as tensors of the parameters' shapes, which are only read; None leaves a
         parameter alone."""
-        gradients = (dW_enc, db_enc, dW_dec, db_dec)
+        gradients = tuple(None if g is None else g.resolve_neg() for g in (dW_enc, db_enc, dW_dec, db_dec))
         chosen = self._select(self.parameters[0], backend)
         factor = None
         if self.max_grad_norm is not None:
@@ -311,6 +343,30 @@ class SAEAdam(torch.optim.Optimizer):
         return select("sae_adam", request, requested_backend(backend))
 
 
+def check_offered(op: str, group: dict[str, Any]) -> None:
+    """A parameter group has none of the options of torch's optimizers that are not offered here."""
+    for name, value in NOT_OFFERED.items():
+        if group.get(name, value) != value:
+            raise ValueError(f"{op}: {name} is not offered; got a parameter group with {name}={group[name]!r}")
+
+
+def check_state_dict(op: str, state_dict: Any, groups: list[dict[str, Any]]) -> None:
+    """`state_dict` is what a `state_dict()` returned, and its moments have the shapes of the parameters."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        got = f"the keys {sorted(map(str, state_dict))}" if isinstance(state_dict, dict) else describe(state_dict)
+        raise ValueError(f"{op}: state_dict must be what state_dict() returned, with state and param_groups; got {got}")
+    for number, (saved, own) in enumerate(zip(state_dict["param_groups"], groups, strict=False)):  # lengths: torch's
+        for i, (key, parameter) in enumerate(zip(saved["params"], own["params"], strict=False)):
+            state = state_dict["state"].get(key) or {}
+            for name in ("exp_avg", "exp_avg_sq") if state else ():
+                moment = state.get(name)
+                if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
+                    raise ValueError(
+                        f"{op}: state_dict must hold {name} of shape {tuple(parameter.shape)} for parameter {i} of "
+                        f"group {number}; got {describe(moment)}"
+                    )
+
+
 def check_betas(op: str, betas: Any) -> None:
     """`betas` is a pair of numbers in [0, 1)."""
     expected = "two numbers in [0, 1)"
@@ -322,8 +378,7 @@ def check_betas(op: str, betas: Any) -> None:
 
 def check_compact(op: str, weights: torch.dtype, moment_dtype: Any, split_master: Any) -> None:
     """The forms of state in fewer bytes, and what they need."""
-    if not isinstance(split_master, bool):
-        raise TypeError(f"{op}: split_master must be True or False; got {describe(split_master)}")
+    check_flag(op, "split_master", split_master)
     if split_master and weights != torch.bfloat16:
         raise ValueError(f"{op}: split_master needs W_enc and W_dec of torch.bfloat16; got {weights}")
     if moment_dtype is None:
@@ -351,6 +406,7 @@ def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any
     for name, tensor in zip(PARAMETERS, (W_enc, b_enc, W_dec, b_dec), strict=True):
         if not tensor.is_leaf:
             raise ValueError(f"{op}: {name} must be a leaf tensor (a parameter); got the result of an operation")
+        check_in_memory(op, name, tensor)
     check_separate_memory(op, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
     return n_latents, d
 

@@ -31,7 +31,7 @@ from ..checks import check_not_negative, describe
 from ..ops.basis_checks import check_orthonormal, check_projection, check_strength
 from ..ops.library import without_autocast
 from ..ops.overlaps import check_no_overlaps, check_writable
-from .optimizer import check_betas
+from .optimizer import check_betas, check_offered, check_state_dict
 
 OP = "ProjectedAdamW"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -124,6 +124,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the state of a ProjectedAdamW or torch.optim.AdamW; bases and strength stay those of this optimizer."""
+        check_state_dict(OP, state_dict, self.param_groups)
         for group in state_dict["param_groups"]:
             _check_options(group)
         super().load_state_dict(state_dict)
@@ -133,6 +134,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         found = self._held.get(parameter)
         return None if found is None else (found.basis, found.dim)
 
+    @torch._disable_dynamo  # traced, one group was stepped for another without a word
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of the parameters that have a `.grad`, which is only read."""
@@ -251,6 +253,12 @@ class ProjectedAdamW(torch.optim.Optimizer):
         bases = list({id(h.basis): h.basis for h in held}.values())
         index = {id(basis): i for i, basis in enumerate(bases)}
         device = batch.parameters[0].device  # a model may have been moved since
+        for p, h, m in zip(batch.parameters, held, moments[0], strict=True):
+            if not p.dtype == h.basis.dtype == m.dtype:
+                raise ValueError(
+                    f"{OP}: a held parameter is {describe(p)} now; its basis is {h.basis.dtype} and its moments are "
+                    f"{m.dtype}, made before: make a new optimizer and load this one's state_dict() into it"
+                )
         return batch.backend.prepare_projected_adam(
             [p.detach() for p in batch.parameters],
             moments[0],
@@ -264,7 +272,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _state(self, parameter: Tensor, memory_format: torch.memory_format) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, memory_format=memory_format)
         return state
@@ -281,6 +289,4 @@ def _check_options(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         check_not_negative(OP, name, group[name])
     check_betas(OP, group["betas"])
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ValueError(f"{OP}: {name} is not offered; got a parameter group with {name}={group[name]!r}")
+    check_offered(OP, {name: group[name] for name in ("amsgrad", "maximize") if name in group})

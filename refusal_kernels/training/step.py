@@ -29,7 +29,7 @@ class SAEStepOutput(NamedTuple):
 
     loss: Tensor  # mse + aux_alpha * aux_loss
     mse: Tensor  # sum ||x_hat - x||^2 / N
-    aux_loss: Tensor  # AuxK term, unweighted
+    aux_loss: Tensor  # AuxK term, unweighted; 0 where it was not computed: nothing dead, or aux_alpha 0
     fvu: Tensor  # sum ||x_hat - x||^2 / sum ||x - mean(x)||^2 over this batch
     l0: Tensor  # positive values per token
     fire_counts: Tensor  # [F] int64: tokens of this batch in which the latent's value is > 0
@@ -37,6 +37,7 @@ class SAEStepOutput(NamedTuple):
     indices: Tensor  # [N, k] int64
 
 
+@torch._disable_dynamo  # it writes gradients, parameters and counts: traced, they went astray without a word
 def sae_step(
     x: Tensor,
     W_enc: Tensor,
@@ -67,7 +68,8 @@ def sae_step(
     call: the gradients and updates are those of a loop over heads, that is of the sum of the H losses; `max_grad_norm`
     of the optimizer is then the norm over all heads.
 
-    Frozen parameters, which do not require a gradient, get none and are not stepped.
+    Frozen parameters, which do not require a gradient, get none and are not stepped. Under torch.compile it is a graph
+    break.
 
     Args:
         x: [..., d], or [H, ..., d], activations, N >= 1 rows (per head), because the mean over an empty batch is not
@@ -251,6 +253,7 @@ class _Step:
             and weight.requires_grad
             and grad.dtype == self.ct
             and grad.is_contiguous()
+            and not grad.is_neg()
         ):
             return grad
         return torch.zeros(weight.shape, dtype=self.ct, device=weight.device)
