@@ -455,3 +455,26 @@ def test_decode_without_gradients_goes_straight_to_the_kernel_only_where_nobody_
             rk.sparse_decode(forward_ad.make_dual(values, values), indices, W, b)
         with pytest.raises(ValueError, match="must be one of"):
             rk.sparse_decode(values, indices, W, b, backend="fastest")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("op", ["topk_encode", "batch_topk_encode", "threshold_encode", "decode", "csr", "project_out"])
+def test_second_derivatives_are_refused_whichever_way_they_are_asked_for(backend, op):
+    x, W, b, c = (torch.randn(s).requires_grad_() for s in ((4, 5), (9, 5), (9,), (4, 2)))
+    U = torch.linalg.qr(torch.randn(5, 2))[0].requires_grad_()
+    indices, offsets = torch.randint(9, (4, 2)), torch.arange(0, 9, 2)
+    y, inputs = {
+        "topk_encode": lambda: (rk.topk_encode(x, W, b, 3, backend=backend)[0], (x, W)),
+        "batch_topk_encode": lambda: (rk.batch_topk_encode(x, W, b, 3, backend=backend)[0], (x, W)),
+        "threshold_encode": lambda: (rk.threshold_encode(x, W, b, 0.1, backend=backend)[0], (x, W)),
+        "decode": lambda: (rk.sparse_decode(c, indices, W, backend=backend), (c, W)),
+        "csr": lambda: (rk.sparse_decode_csr(c.flatten(), indices.flatten(), offsets, W, backend=backend), (c, W)),
+        "project_out": lambda: (rk.project_out(x, U, 1, backend=backend), (x, U)),
+    }[op]()
+    plain = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    gradients = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients, strict=True))
+    for again in (lambda v: torch.autograd.grad(v, inputs, retain_graph=True), lambda v: v.backward(retain_graph=True)):
+        for gradient in gradients:
+            with pytest.raises(RuntimeError, match="gradients of gradients are not implemented"):
+                again(gradient.square().sum() + y.sum())

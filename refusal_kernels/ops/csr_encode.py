@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
 from ..checks import check_encoder, check_k, check_threshold, compute_dtype, matmul_dtype
-from .library import apply, define, pick, without_autocast
+from .library import apply, define, once, pick, without_autocast
 
 Csr = tuple[Tensor, Tensor, Tensor]
 
@@ -161,7 +160,7 @@ class _CsrEncode(torch.autograd.Function):
         return values, latents, offsets
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_values: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         latents, offsets, x, W_enc, b_dec = ctx.saved_tensors
         need_x, need_W, need_b_enc, need_b_dec = ctx.needs_input_grad[:4]

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ..backends import Backend, select
 from ..backends.base import Request
@@ -71,6 +72,42 @@ def apply(op: str, function: type[torch.autograd.Function], *args: Any) -> Any:
             f"{op}: the transforms of torch.func (grad, vmap, jacrev, ...) are not supported; "
             "call it outside of them and use torch.autograd.grad or backward()"
         ) from None
+
+
+class _OnceOnly(torch.autograd.Function):
+    """A gradient as it is, connected with all that it was computed from by a backward pass that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "refusal_kernels: gradients of gradients are not implemented; the operators are differentiable once"
+        )
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a Function that is differentiable once. torch's `once_differentiable` leaves the second
+    derivative out without a word where torch.autograd.grad asks for it by an input's name: the gradient that it returns
+    leads to no input. Here it leads to all that were saved, and raises on the way."""
+    first_only = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *gradients: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the latter without create_graph=True
+            return first_only(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        used = [t for t in (*ctx.saved_tensors, *gradients) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not used:
+            return results
+        several = results if isinstance(results, tuple) else (results,)
+        connected = [_OnceOnly.apply(r, *used) if isinstance(r, torch.Tensor) else r for r in several]
+        return tuple(connected) if isinstance(results, tuple) else connected[0]
+
+    return wrapped
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import Backend, requested_backend, select
 from ..backends.base import Request
 from ..checks import compute_dtype
 from ..reference import coefficients
 from .basis_checks import check_orthonormal, check_projection, check_strength
-from .library import apply, define, without_autocast
+from .library import apply, define, once, without_autocast
 
 
 def project_out(
@@ -80,7 +79,7 @@ class _ProjectOut(torch.autograd.Function):
         return _project_out(g, dim, basis, strength, only_against, backend)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         g, basis, only_against = ctx.saved_tensors
         need_g, _, need_basis = ctx.needs_input_grad[:3]

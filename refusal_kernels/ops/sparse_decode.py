@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import cpu_kernel, requested_backend
 from ..checks import check_decoder, check_index_range, compute_dtype, matmul_dtype
-from .library import apply, define, only_the_value_is_wanted, pick, primitive_of, without_autocast
+from .library import apply, define, once, only_the_value_is_wanted, pick, primitive_of, without_autocast
 
 
 def sparse_decode(
@@ -105,7 +104,7 @@ class _SparseDecode(torch.autograd.Function):
         return x_hat
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, indices, W_dec = ctx.saved_tensors
         need_values, _, need_W, need_b_dec = ctx.needs_input_grad[:4]

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
 from ..checks import check_csr_decoder, check_index_range, check_offsets, compute_dtype, matmul_dtype
-from .library import apply, define, pick, without_autocast
+from .library import apply, define, once, pick, without_autocast
 
 
 def sparse_decode_csr(
@@ -82,7 +81,7 @@ class _SparseDecodeCsr(torch.autograd.Function):
         return x_hat
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, latents, offsets, W_dec = ctx.saved_tensors
         need_values, _, _, need_W, need_b_dec = ctx.needs_input_grad[:5]

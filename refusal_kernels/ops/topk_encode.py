@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import requested_backend
 from ..checks import check_encoder, check_k, compute_dtype, matmul_dtype
-from .library import apply, define, pick, primitive_of, without_autocast
+from .library import apply, define, once, pick, primitive_of, without_autocast
 
 
 def topk_encode(
@@ -83,7 +82,7 @@ class _TopKEncode(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_values: Tensor, _grad_indices: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         values, indices, x, W_enc, b_dec = ctx.saved_tensors
         need_x, need_W, need_b_enc, need_b_dec = ctx.needs_input_grad[:4]
