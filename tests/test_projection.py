@@ -618,6 +618,11 @@ def test_a_plan_sees_other_data_of_a_basis_and_of_a_tensor(backend: str) -> None
         plan.apply_()
 
 
+def test_a_basis_of_no_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="vectors must hold data"):
+        rk.orthonormal_basis(torch.empty(3, 2, device="meta"))
+
+
 def test_numbers_of_numpy_and_of_too_many_digits() -> None:
     import numpy as np
 

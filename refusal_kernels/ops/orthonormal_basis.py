@@ -39,6 +39,8 @@ def orthonormal_basis(vectors: Tensor, rtol: float = 1e-3) -> Tensor:
     On a GPU the host waits for the result, whose width it has to know.
     """
     check_tensor("orthonormal_basis", "vectors", vectors, FLOAT_DTYPES)
+    if vectors.device.type == "meta":
+        raise ValueError(f"orthonormal_basis: vectors must hold data, as r follows from them; got {describe(vectors)}")
     if vectors.dim() != 2:
         raise ValueError(f"orthonormal_basis: vectors must be a matrix [n, m] of columns; got {describe(vectors)}")
     rtol = check_number("orthonormal_basis", "rtol", rtol, "a number in [0, 1)", lambda v: 0 <= v < 1)
