@@ -35,6 +35,7 @@ GOES_THROUGH = {
     "backward, ours": ("backward.latent", "backward.combine"),
     "backward, cuda": ("latent_gradients",),
     "step, ours": ("sae_adam.step",),
+    "step, cuda": ("filter_rows", "latent_gradients"),
     "encode, ours grouped": ("encode.group", "encode.settle"),
     "ours": ("lora_projection.coefficients", "lora_projection.update", "projection.table"),
     "ours, cuda": ("project_cluster",),

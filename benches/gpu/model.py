@@ -91,7 +91,9 @@ def aux_flops(s: Shape) -> int:
 
 
 # Of a weight while a step runs: its fp32 parameter, two moments, the bf16 copy of autocast; PyTorch's also a gradient.
-STATE_BYTES = {"ours": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18}
+STATE_BYTES = {
+    "ours": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18, "cuda": 18, "cuda-compact": 12,
+}  # fmt: skip
 ACTIVATION_BYTES = {"dense": 4, "compile": 4, "sparse": 2}  # of a pre-activation, where all are kept
 
 
@@ -103,6 +105,12 @@ def least_step_bytes(column: str, s: Shape) -> int:
 def step_ms(s: Shape, at: Device, adam_bytes: int) -> float:
     moved = decode_bytes(s) + transpose_bytes(s) + fused_optimizer_bytes(s, adam_bytes)
     return PREDICTIONS["encode, ours"](s, at) + at.move(moved)
+
+
+def unfused_step_ms(s: Shape, at: Device, adam_bytes: int) -> float:
+    """The same where gradients are written, and read by Adam."""
+    moved = decode_bytes(s) + transpose_bytes(s) + backward_bytes(s) + 2 * s.f * s.d * (adam_bytes + WIDE)
+    return PREDICTIONS["encode, cuda filter"](s, at) + at.move(moved)
 
 
 INTEGER_RATE = 1400 / 790  # 8-bit products against 16-bit ones, H200
@@ -130,6 +138,8 @@ PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
     "step, ours": lambda s, at: step_ms(s, at, ADAM_BYTES),
     "step, ours, a tenth dead": lambda s, at: PREDICTIONS["step, ours"](s, at) + at.compute(aux_flops(s)),
     "step, ours compact": lambda s, at: step_ms(s, at, COMPACT_ADAM_BYTES),
+    "step, cuda": lambda s, at: unfused_step_ms(s, at, ADAM_BYTES),
+    "step, cuda compact": lambda s, at: unfused_step_ms(s, at, COMPACT_ADAM_BYTES),
 }
 
 

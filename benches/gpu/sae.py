@@ -10,6 +10,7 @@ compact    ours with state in 8 bytes a weight: master weights in halves, bf16 m
 dead       ours with a tenth of the latents dead, for AuxK
 sparse     topk, embedding_bag, index_add_
 compile    dense, compiled
+cuda       ours on the CUDA back-end, which writes gradients that Adam then reads; a second time with compact state
 others     the parts on back-ends that run by explicit request only: CUDA's row filter, decode and backward, the 8-bit
            screen
 
@@ -39,7 +40,8 @@ from . import parts, peers
 from .clock import attempt, measure
 from .model import least_step_bytes
 
-STEPS = ("ours", "dense", "compact", "dead", "sparse", "compile")
+STEPS = ("ours", "dense", "compact", "dead", "sparse", "compile", "cuda", "cuda-compact")
+COMPACT: dict[str, Any] = {"split_master": True, "moment_dtype": torch.bfloat16}
 
 
 def leaves_of(shape: Shape, device: str, halves: bool) -> list[Tensor]:
@@ -48,12 +50,14 @@ def leaves_of(shape: Shape, device: str, halves: bool) -> list[Tensor]:
     return [(p.to(torch.bfloat16) if halves and p.dim() == 2 else p).requires_grad_() for p in parameters]
 
 
-def our_step(x: Tensor, leaves: list[Tensor], k: int, dead: Tensor | None = None, **state: Any) -> Callable[[], Tensor]:
+def our_step(
+    x: Tensor, leaves: list[Tensor], k: int, dead: Tensor | None = None, backend: str = "triton", **state: Any
+) -> Callable[[], Tensor]:
     optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False, **state)
 
     def call() -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return rk.sae_step(x, *leaves, k, dead=dead, optimizer=optimizer, backend="triton").loss
+            return rk.sae_step(x, *leaves, k, dead=dead, optimizer=optimizer, backend=backend).loss
 
     return call
 
@@ -65,19 +69,18 @@ def steps(x: Tensor, shape: Shape) -> dict[str, tuple[str, Callable[[list[Tensor
     def dead(leaves: list[Tensor]) -> Callable[[], Tensor]:
         return our_step(x, leaves, k, torch.arange(shape.f // 10, device=x.device) * 10)
 
-    def compact(leaves: list[Tensor]) -> Callable[[], Tensor]:
-        return our_step(x, leaves, k, split_master=True, moment_dtype=torch.bfloat16)
-
     def compiled(leaves: list[Tensor]) -> Callable[[], Tensor]:
         return peers.autograd_step(torch.compile(torch_paths.dense_loss, dynamic=False), x, leaves, k)
 
     return {
         "ours": ("step, ours", lambda leaves: our_step(x, leaves, k)),
         "dense": ("step, dense", lambda leaves: peers.autograd_step(torch_paths.dense_loss, x, leaves, k)),
-        "compact": ("step, ours compact", compact),
+        "compact": ("step, ours compact", lambda leaves: our_step(x, leaves, k, **COMPACT)),
         "dead": ("step, ours, a tenth dead", dead),
         "sparse": ("step, sparse", lambda leaves: peers.sparse_step(x, leaves, k)),
         "compile": ("step, compile", compiled),
+        "cuda": ("step, cuda", lambda leaves: our_step(x, leaves, k, backend="cuda")),
+        "cuda-compact": ("step, cuda compact", lambda leaves: our_step(x, leaves, k, backend="cuda", **COMPACT)),
     }
 
 
@@ -115,7 +118,7 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
             continue
 
         def run(column: str = column, make: Any = make) -> dict[str, Any]:
-            call = make(leaves_of(shape, device, halves=column == "compact"))
+            call = make(leaves_of(shape, device, halves=column.endswith("compact")))
             return {"first_loss": float(call()), **measure(call, rounds)}
 
         tell(name, attempt(run))

@@ -115,15 +115,15 @@ def stages(quick: bool) -> list[Stage]:
         for shape, (columns, share) in COLUMNS.items()
     ]
     first = next(iter(COLUMNS))
-    others = python("-m", "benches.gpu.sae", "--shape", first, "--columns", "others")
+    others = python("-m", "benches.gpu.sae", "--shape", first, "--columns", "others cuda cuda-compact")
     found = [
         Stage("build", python("setup.py", "build_ext", "--inplace"), 240, 60, nothing, build),
         Stage("check", python("-m", "refusal_kernels.info", "--check", "--json"), 120, 20, last_json),
-        Stage("values", python("-m", "benches.gpu.values"), 200, 95, counts),
+        Stage("values", python("-m", "benches.gpu.values"), 200, 90, counts),
         sae[0],
         *sanitizers(),
         Stage("limits", python("-m", "benches.gpu.limits"), 60, 10, json_lines),
-        Stage(f"others {first}", others, 60, 30, json_lines),
+        Stage(f"others {first}", others, 75, 35, json_lines),
     ]
     if quick:
         return found
