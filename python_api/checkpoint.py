@@ -140,7 +140,7 @@ class CheckpointFolder:
         """The checkpoint that `latest` names; without that pointer the highest complete one; None if there is none."""
         pointer = self.root / "latest"
         if pointer.is_file():
-            name = pointer.read_text(encoding="utf-8").strip()
+            name = pointer.read_text(encoding="utf-8", errors="replace").strip()
             if _STEP.fullmatch(name) and (self.root / name).is_dir():
                 return self.root / name
         steps = self.steps()

@@ -36,6 +36,10 @@ _WRONG_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, Not
 _FAILED = (OSError, ImportError, MemoryError, rk.BackendError)
 
 
+# How torch's allocator for the CPU says that there is no memory.
+_NO_MEMORY = ("can't allocate memory", "not enough memory")
+
+
 class CommandFailed(RuntimeError):
     """Raised by commands: the message is all the user sees, the exit code is 1."""
 
@@ -77,6 +81,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return f"error: {_one_line(format_message())} (see {command} --help)", int(getattr(error, "exit_code", 2))
     if isinstance(error, CommandFailed | _torch_out_of_memory()):
         return f"error: {_one_line(str(error))}", 1
+    if (why := _of_the_machine(error)) is not None:
+        return f"error: {why}", 1
     if isinstance(error, _WRONG_INPUT):
         return f"error: {_one_line(str(error))}", 2
     if isinstance(error, _FAILED):
@@ -88,6 +94,17 @@ def _torch_out_of_memory() -> type[BaseException]:
     import torch
 
     return torch.cuda.OutOfMemoryError
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of errors that a full disk and full memory cause and that have no types of Python's for these."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, SafetensorError):
+        return f"cannot write to or read from a .safetensors file: {_one_line(str(error))}"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
+        return f"out of memory: {_one_line(str(error)).rpartition('] ')[2][:300]}"
+    return None
 
 
 def _one_line(text: str) -> str:

@@ -12,7 +12,9 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_h
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=MACHINE)]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="CPU threads. (default: PyTorch's)", rich_help_panel=MACHINE, show_default=False),
+    typer.Option(
+        min=1, max=4096, help="CPU threads. (default: PyTorch's)", rich_help_panel=MACHINE, show_default=False
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,

@@ -191,6 +191,7 @@ def train_sae(
     threads: int = typer.Option(
         None,
         min=1,
+        max=4096,
         help="CPU threads; a resumed run needs the same number to end in the same bits. (default: PyTorch's)",
         rich_help_panel=_TRAINING,
         show_default=False,

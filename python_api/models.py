@@ -22,10 +22,17 @@ def resolve_device(device: str) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    if found.type == "meta":
+        raise ValueError("device 'meta' holds no data; use auto, cpu, cuda or cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r} was asked for, but this PyTorch sees no GPU; use --device cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} was asked for; this PyTorch sees {torch.cuda.device_count()} GPUs")
+    if found.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=found)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise ValueError(f"device {device!r} was asked for, and this PyTorch cannot use it: {error}") from None
     return found
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,6 +277,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(
         (["--k", "0"], 2, "k"),
         (["--seed", "-1"], 2, "seed must be at least 0"),
         (["--device", "banana"], 2, "device must be auto, cpu, cuda or cuda:N; got 'banana'"),
+        (["--device", "mps"], 2, "device 'mps' was asked for, and this PyTorch cannot use it"),
+        (["--device", "meta"], 2, "device 'meta' holds no data"),
+        (["--threads", "100000000"], 2, "--threads.*4096"),
+        (["--latents", "1000000000000"], 1, "^error: out of memory: .*allocate memory"),
         (["--layers", ""], 2, "'' does not name layers"),
         (["--layers", "9" * 5000], 2, "names layers that no model has"),
         (["--layers", "0-99999999999"], 2, "'0-99999999999' names layers that no model has"),
@@ -313,6 +318,25 @@ def test_every_user_error_is_one_line(
     assert err.rstrip().endswith(lines[0])
     assert re.search(expected, lines[0]), lines[0]
     assert "Traceback" not in err
+
+
+def test_a_full_disk_is_one_line() -> None:
+    """As safetensors says it, in an error of its own; the limit on a file's size stands in for the disk's."""
+    script = """
+import resource, sys, torch
+from safetensors.torch import save_file
+from refusal_kernels.python_api.cli import _explain
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    save_file({"x": torch.zeros(10000)}, sys.argv[1])
+except Exception as error:
+    print(_explain(error))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", script, str(Path(folder) / "x.safetensors")]
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    assert said.startswith("('error: cannot write to or read from a .safetensors file: "), said
+    assert said.endswith(", 1)\n")
 
 
 def test_tracebacks_on_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from refusal_kernels.python_api.features.basis import RefusalBasis
 from refusal_kernels.python_api.models import load_model
 from refusal_kernels.python_api.prompts import builtin
 from refusal_kernels.python_api.prompts.chat import Chat
+from refusal_kernels.python_api.protection.audit import audit
 from refusal_kernels.python_api.protection.projected import ProjectedLinear
 from refusal_kernels.python_api.protection.protect import Protection, protect
 from refusal_kernels.python_api.protection.stepping import ProtectionWarning
@@ -557,3 +559,65 @@ def test_an_adapter_that_already_leaks_is_projected_and_said_to_be() -> None:
     with pytest.warns(ProtectionWarning, match=r"already holds an update of leak 0\.\d+, which is projected out now"):
         protection = protect(model, BASIS, mode="weight", preflight=False)
     assert protection.leak() < 1e-6
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("mode", ["forward", "update"])
+def test_another_adapter_that_is_trained_is_named(mode: str) -> None:
+    model = adapted()
+    protection = protect(model, BASIS, mode=mode, preflight=False)
+    assert protection.unheld() == ""
+    model.add_adapter("two", LoraConfig(r=4, target_modules=TARGETS))
+    model.set_adapter("two")
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    words = r"adapter two is trained and not held by this protection, which is of default"
+    refused = pytest.raises(ValueError, match="or another adapter is active") if mode == "update" else nullcontext()
+    with refused, pytest.warns(ProtectionWarning, match=f"attach: {words}"):
+        protection.attach(optimizer)
+    with pytest.warns(ProtectionWarning, match=f"audit: {words}"):
+        audit(protection)
+    model.set_adapter("default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ProtectionWarning)
+        audit(protection)
+
+
+def test_a_write_that_reaches_no_parameter_is_said_to_be_lost() -> None:
+    model = adapted(init_lora_weights=False)
+    protection = protect(model, BASIS, preflight=False)
+    layer = model.get_base_model().model.layers[1].self_attn.v_proj
+    layer.reset_lora_parameters("default", True)
+    with pytest.raises(RuntimeError, match="in-place write to the weight of a protected LoRA factor was lost"):
+        logits(model)
+    logits(model)  # once for every write
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    with pytest.raises(RuntimeError, match="was lost"):
+        protection.remove()
+    with torch.no_grad():
+        layer.lora_B["default"].free.zero_()
+    assert not layer.lora_B["default"].weight.any()
+    copy.deepcopy(model)
+
+
+@pytest.mark.filterwarnings("default")
+def test_16_bit_adapters_are_said_to_leak() -> None:
+    model = get_peft_model(build().bfloat16(), LoraConfig(r=4, target_modules=TARGETS), autocast_adapter_dtype=False)
+    with pytest.warns(ProtectionWarning, match=r"the adapter's weights are torch.bfloat16, and rounding them leaves"):
+        protect(model, BASIS, preflight=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"strength": "1"}, ValueError, "strength: expected a number from 0 to 1, got '1'"),
+        ({"strength": True}, ValueError, "strength: expected a number from 0 to 1, got True"),
+        ({"sites": 3}, TypeError, "sites: expected names out of o_proj, v_proj, residual, all; got 3"),
+        ({"sites": [1]}, TypeError, "sites: expected names out of"),
+        ({"basis": {0: torch.eye(4)}}, TypeError, "basis: expected a RefusalBasis, got dict"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"basis": BASIS, "preflight": False, **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        protect(adapted(), arguments.pop("basis"), **arguments)

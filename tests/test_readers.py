@@ -290,6 +290,7 @@ def test_columns_that_do_not_fit_are_listed_with_what_is_known(save: Any, read: 
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"', "line 2"),
         ("a.csv", "goal,target\nx\n", "line 2 has not the 2 fields"),
         ("a.csv", "", "found none"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "\\ud800"}', "line 2: 'prompt' holds a lone surrogate"),
         ("a.parquet", "no parquet", "as parquet"),
         ("a.txt", "x", "ending in .csv"),
     ],
@@ -299,6 +300,11 @@ def test_files_that_cannot_be_read_are_one_error(tmp_path: Path, name: str, cont
     with pytest.raises(ValueError, match="source: ") as caught:
         read_rows(str(tmp_path / name))
     assert message in str(caught.value)
+
+
+def test_a_field_may_be_as_long_as_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,id\n" + "long " * 60000 + ",1\n")
+    assert len(read_rows(str(tmp_path / "a.csv")).rows[0]["text"]) == 300000
 
 
 def test_missing_files_and_rows_of_another_form(save: Any, tmp_path: Path) -> None:

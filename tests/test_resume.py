@@ -81,6 +81,8 @@ def test_a_diverged_run_keeps_its_last_good_checkpoints(tmp_path: Path, at: Call
     assert str(folder.path(80)) in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(p.name for p in folder.root.iterdir()) == ["latest", "step_00000060", "step_00000080"]
+    (folder.root / "latest").write_bytes(b"\xff\xfe")  # damaged: as if it were not there
+    assert folder.latest() == folder.path(80)
     trainer = SAETrainer(settings(tmp_path, tokens=120 * BATCH), Noise(), progress=False)
     trainer.load_checkpoint(folder.path(80)).train()
     assert all(torch.isfinite(p).all() for sae in trainer.saes.values() for p in sae.parameters())

@@ -26,6 +26,7 @@ _CATEGORIES = ("category", "semanticcategory", "question_concept")
 BUILTIN_N = 256  # what the built-in world draws when no number is asked for: it has no size of its own
 
 Row = dict[str, Any]
+_LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 131072 is less than a long document
 T = TypeVar("T")
 
 
@@ -145,6 +146,7 @@ class _WrongShape(ValueError):
 
 
 def _read_csv(file: Any) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.DictReader(file, strict=True)
     for row in reader:
         if None in row or None in row.values():
@@ -173,9 +175,14 @@ def _read_json(file: Any, lines: bool) -> Iterator[Row]:
 
 def _record(item: Any, where: str) -> Row:
     if isinstance(item, str):
-        return {"text": item}
+        item = {"text": item}
     if not isinstance(item, dict):
         raise _WrongShape(f"{where}: expected an object or a string, got {type(item).__name__}")
+    for name, value in item.items():
+        try:
+            str(value).encode() if isinstance(value, str) else None
+        except UnicodeEncodeError:  # half of a pair, as JSON can spell it: no tokenizer takes it
+            raise _WrongShape(f"{where}: {name!r} holds a lone surrogate, which is no character") from None
     return item
 
 

@@ -143,6 +143,20 @@ def trained_outside(model: PeftModel) -> list[str]:
     ]
 
 
+def trained_adapters(model: PeftModel) -> list[str]:
+    """Names of the adapters of which a factor is trained."""
+    found = {
+        name
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for part in module.adapter_layer_names
+        if isinstance(container := getattr(module, part, None), (nn.ModuleDict, nn.ParameterDict))
+        for name, item in container.items()
+        if any(p.requires_grad for p in ([item] if isinstance(item, nn.Parameter) else item.parameters()))
+    }
+    return sorted(found)
+
+
 def _parameters(container: Any) -> Iterable[nn.Parameter]:
     if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
         return container.parameters()

@@ -12,6 +12,7 @@ flows into U.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from .adapters import adapted_modules, adapter_names, base_weight, check_peft_mo
 from .leak import Leak, dense_leak, lora_leak
 from .protect import Protection
 from .sites import Constraint, constraints_for
+from .stepping import ProtectionWarning
 
 if TYPE_CHECKING:
     from ..prompts.chat import Chat
@@ -151,6 +153,8 @@ def audit(
     if isinstance(model, Protection):
         protection, model = model, model.model
         adapters, basis = protection.adapters, basis or protection.basis
+        if words := protection.unheld():
+            warnings.warn(f"audit: {words}", ProtectionWarning, stacklevel=2)
         if sites is None and basis is protection.basis and reference is None:
             found = Audit(protection.leaks(), unconstrained=list(protection.unconstrained))
             return _with_drift(found, model, basis, chat, prompts, reference, latents, batch_size)

@@ -12,11 +12,16 @@ has in PEFT. Whoever asks the module for `weight` gets the effective one: the fo
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 import refusal_kernels as rk
+
+# The weight that each module computed last, to see whether somebody wrote to it. Not on the module: a tensor with a
+# graph behind it could be neither copied nor pickled there.
+_handed_out: WeakKeyDictionary[ProjectedLinear, Tensor] = WeakKeyDictionary()
 
 
 class ProjectedLinear(nn.Linear):
@@ -50,9 +55,22 @@ class ProjectedLinear(nn.Linear):
         try:
             # Under autocast the products with U would run in half precision, and the promise with them.
             with torch.autocast(free.device.type, enabled=False):
-                return rk.project_out(free, self._refusal_basis, self._refusal_dim, self._refusal_strength)
+                weight = rk.project_out(free, self._refusal_basis, self._refusal_dim, self._refusal_strength)
         except AttributeError as error:  # nn.Module would answer it with the unprojected parameter
             raise RuntimeError(f"the projected weight could not be computed: {error}") from error
+        if not torch.compiler.is_compiling():
+            self._check_written()
+            _handed_out[self] = weight
+        return weight
+
+    def _check_written(self) -> None:
+        """RuntimeError where the weight that was handed out last was written to: that reached no parameter."""
+        if (last := _handed_out.pop(self, None)) is not None and not last.is_inference() and last._version:
+            raise RuntimeError(
+                "an in-place write to the weight of a protected LoRA factor was lost, because that weight is computed "
+                "from the module's parameter: write to `.free`, or remove() the protection first and protect again "
+                "(so for PEFT's reset_lora_parameters)"
+            )
 
     @torch.no_grad()
     def effective(self) -> Tensor:
@@ -83,6 +101,7 @@ class ProjectedLinear(nn.Linear):
 
     def release(self) -> nn.Linear:
         """Back to a plain nn.Linear that holds the effective weight."""
+        self._check_written()
         self.fold_()
         self.__class__ = nn.Linear  # type: ignore[assignment]
         for name in ("_refusal_basis", "_refusal_dim", "_refusal_strength"):

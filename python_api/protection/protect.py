@@ -11,6 +11,7 @@ do not stand beside it, and "forward" is the default. `sites.py` says what each 
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
@@ -30,6 +31,7 @@ from .adapters import (
     check_exact,
     check_peft_model,
     compress_names,
+    trained_adapters,
     trained_outside,
 )
 from .leak import Leak, lora_leak
@@ -83,9 +85,11 @@ def protect(
             layer), or a basis that does not fit.
     """
     model = check_peft_model(peft_model)
+    if not isinstance(basis, RefusalBasis):
+        raise TypeError(f"basis: expected a RefusalBasis, got {type(basis).__name__}")
     if mode not in get_args(Mode):
         raise ValueError(f"mode: expected one of {', '.join(get_args(Mode))}; got {mode!r}")
-    if not 0 <= strength <= 1:
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real) or not 0 <= strength <= 1:
         raise ValueError(f"strength: expected a number from 0 to 1, got {strength!r}")
     if not project_start and mode not in ("update", "gradient"):
         raise ValueError(f"project_start: can be False for mode 'update' or 'gradient' only, got mode {mode!r}")
@@ -101,6 +105,12 @@ def protect(
     if preflight:
         protection.preflight, trouble = _preflight(model, basis, tokenizer)
         words += trouble
+    narrow = sorted({str(f.parameter.dtype) for f in protection._factors() if f.parameter.dtype.itemsize < 4})
+    if narrow and strength == 1:
+        words.append(
+            f"the adapter's weights are {', '.join(narrow)}, and rounding them leaves a leak of about 1e-3; train "
+            "them in fp32 (PEFT's autocast_adapter_dtype=True, and autocast around the model)"
+        )
     if (before := protection.leak()) > 1e-3:
         fate = "is projected out now" if project_start and strength == 1 else "stays in part"
         words.append(f"the adapter already holds an update of leak {before:.3f}, which {fate}")
@@ -177,6 +187,8 @@ class Protection:
                 ProjectedAdamW that holds some of them otherwise.
         """
         self._check_active("attach")
+        if words := self.unheld():
+            warnings.warn(f"attach: {words}", ProtectionWarning, stacklevel=2)
         if self.mode == "forward" or any(s.optimizer is innermost(optimizer) for s in self._steppers):
             return
         if projects_itself(innermost(optimizer), self._factors(), self.mode, self.strength):
@@ -228,6 +240,17 @@ class Protection:
 
         self._check_active("callback")
         return ProtectionCallback(self, chat, prompts)
+
+    def unheld(self) -> str:
+        """What is trained now and this protection does not hold though it is LoRA too: other adapters, in one
+        sentence; "" where there is none."""
+        others = [name for name in trained_adapters(self.model) if name not in self.adapters]
+        if not others:
+            return ""
+        return (
+            f"adapter {', '.join(others)} is trained and not held by this protection, which is of "
+            f"{', '.join(self.adapters)}; its leak is not measured either (set_adapter, or protect with adapter=...)"
+        )
 
     def leaks(self) -> list[Leak]:
         """Leak of every constraint, as the adapters stand now."""

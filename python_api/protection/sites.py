@@ -224,6 +224,8 @@ def constraints_for(
     Raises:
         ValueError: an unknown site, a basis that does not fit the model, or directions that fill a layer's side.
     """
+    if not isinstance(sites, (str, Sequence)) or not all(isinstance(name, str) for name in sites):
+        raise TypeError(f"sites: expected names out of {', '.join(SITES)}; got {sites!r}")
     names = (sites,) if isinstance(sites, str) else tuple(sites)
     unknown = [name for name in names if name not in SITES]
     if unknown or not names:

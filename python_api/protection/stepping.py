@@ -115,7 +115,10 @@ class StepProjector:
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self._factors = [f for f in factors if f.parameter.requires_grad]
         if not self._factors:
-            raise ValueError("optimizer: no constrained adapter weight is trainable (is_trainable=True was not given?)")
+            raise ValueError(
+                "optimizer: no constrained adapter weight is trainable (is_trainable=True was not given, or another "
+                "adapter is active?)"
+            )
         if missing := [f.name for f in self._factors if id(f.parameter) not in held]:
             raise ValueError(
                 f"optimizer: {len(missing)} constrained adapter weights are not among its parameters, {missing[0]} for "
