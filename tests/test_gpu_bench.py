@@ -223,6 +223,24 @@ def test_the_tables_show_the_prediction_beside_the_measurement() -> None:
     assert table.against_roofline(result) == []
 
 
+def test_the_block_shows_compact_state_and_what_had_no_memory() -> None:
+    def stage(*entries: dict[str, Any]) -> dict[str, Any]:
+        return {"status": "ok", "result": list(entries)}
+
+    ours = {"name": "step, ours", "ms": 70.0, "extra_mb": 2900.0}
+    dense = {"name": "step, dense", "ms": 280.0, "extra_mb": 25000.0}
+    compact = {"name": "step, ours compact", "ms": 66.0, "extra_mb": 800.0}
+    lacking = {"name": "step, dense", "error": "needs at least 189 GB; the device has 84"}
+    plain = table.steps_and_encoders({"stages": {"sae 2,3,4,1": stage(ours, dense)}})
+    assert plain[0].count("|") == 10
+    assert plain[2] == "| 2, 3, 4, 1 | 70 | 280 | 4.00× | – | – | – | 2.9 GB | 25.0 GB |"
+    both = table.steps_and_encoders(
+        {"stages": {"sae 2,3,4,1": stage(ours, dense), "sae 5,3,4,1": stage(compact, lacking)}}
+    )
+    assert both[2] == "| 2, 3, 4, 1 | 70 | – | 280 | 4.00× | – | – | – | 2.9 GB | – | 25.0 GB |"
+    assert both[3] == "| 5, 3, 4, 1 | – | 66 | out of memory | – | – | – | – | – | 0.8 GB | – |"
+
+
 def test_the_block_shows_heads_and_the_language_model() -> None:
     result: dict[str, Any] = {"stages": {
         "heads": {"result": [{"name": "step, all heads", "ms": 12.34, "shape": "2 x 6,16,64,3"}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +86,8 @@ def block(result: dict[str, Any]) -> str:
         f"commit {result['commit']}, {result['date'][:10]}; `python -m benches.gpu`. "
         "Milliseconds, median; bf16 autocast, fp32 weights, moments.",
         "",
-        "| N, d, F, k | step, ours | step, PyTorch | ratio | encode, ours | encode, PyTorch | its product alone | "
-        "extra memory, ours | PyTorch |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, stage in result["stages"].items():
-        if not name.startswith("sae "):
-            continue
-        found = {entry["name"]: entry for entry in stage["result"] or []}
-        ms = {key: found[key]["ms"] for key in found if "ms" in found[key]}
-        names = ("step, ours", "step, dense", "", "encode, ours", "encode, torch", "product alone")
-        shown = [f"{ms[key]:.3g}" if key in ms else "–" for key in names]
-        if "step, ours" in ms and "step, dense" in ms:
-            shown[2] = f"{ms['step, dense'] / ms['step, ours']:.2f}×"
-        for key in ("step, ours", "step, dense"):
-            shown.append(f"{found[key]['extra_mb'] / 1e3:.1f} GB" if key in ms else "–")
-        lines.append(f"| {name.removeprefix('sae ').replace(',', ', ')} | " + " | ".join(shown) + " |")
+    lines += steps_and_encoders(result)
     lines += against_roofline(result)
     lines += beside_the_shapes(result)
     rows = (result["stages"].get("projection") or {}).get("result") or []
@@ -118,6 +105,42 @@ def block(result: dict[str, Any]) -> str:
         ms = {row["name"]: row["ms"] for row in rows if row["r"] == rank and "ms" in row}
         lines.append(f"| {rank} | " + " | ".join(f"{ms[n]:.2f}" if n in ms else "–" for n in titles) + " |")
     return "\n".join(lines)
+
+
+def steps_and_encoders(result: dict[str, Any]) -> list[str]:
+    """A row per shape; the columns of compact state where some run has them."""
+    rows: dict[str, dict[str, Any]] = {
+        name.removeprefix("sae "): {entry["name"]: entry for entry in stage["result"] or []}
+        for name, stage in result["stages"].items()
+        if name.startswith("sae ")
+    }
+    compact = any("step, ours compact" in found for found in rows.values())
+    steps = {"step, ours": "step, ours", **({"step, ours compact": "compact state"} if compact else {})}
+    steps["step, dense"] = "step, PyTorch"
+    encoders = {
+        "encode, ours": "encode, ours",
+        "encode, torch": "encode, PyTorch",
+        "product alone": "its product alone",
+    }
+    memory = ["extra memory, ours", *(["compact state"] if compact else []), "PyTorch"]
+    titles = ["N, d, F, k", *steps.values(), "ratio", *encoders.values(), *memory]
+    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
+
+    def ms(found: dict[str, Any], name: str) -> str:
+        entry = found.get(name, {})
+        if "ms" in entry:
+            return f"{entry['ms']:.3g}"
+        return "out of memory" if re.search("out of memory|needs at least", entry.get("error", "")) else "–"
+
+    for shape, found in rows.items():
+        measured = {name for name, entry in found.items() if "ms" in entry}
+        ratio = "–"
+        if {"step, ours", "step, dense"} <= measured:
+            ratio = f"{found['step, dense']['ms'] / found['step, ours']['ms']:.2f}×"
+        gigabytes = [f"{found[name]['extra_mb'] / 1e3:.1f} GB" if name in measured else "–" for name in steps]
+        cells = [shape.replace(",", ", "), *(ms(found, name) for name in steps), ratio]
+        lines.append("| " + " | ".join([*cells, *(ms(found, name) for name in encoders), *gigabytes]) + " |")
+    return lines
 
 
 def beside_the_shapes(result: dict[str, Any]) -> list[str]:
