@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _CATEGORIES = ("category", "semanticcategory", "question_concept")
 BUILTIN_N = 256  # what the built-in world draws when no number is asked for: it has no size of its own
 
 Row = dict[str, Any]
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_FIELD = 1 << 30  # characters; csv's own limit of 131072 is less than a long document
 T = TypeVar("T")
 
@@ -179,10 +181,8 @@ def _record(item: Any, where: str) -> Row:
     if not isinstance(item, dict):
         raise _WrongShape(f"{where}: expected an object or a string, got {type(item).__name__}")
     for name, value in item.items():
-        try:
-            str(value).encode() if isinstance(value, str) else None
-        except UnicodeEncodeError:  # half of a pair, as JSON can spell it: no tokenizer takes it
-            raise _WrongShape(f"{where}: {name!r} holds a lone surrogate, which is no character") from None
+        if isinstance(value, str) and _LONE_SURROGATE.search(value):  # JSON can spell it, and no tokenizer takes it
+            raise _WrongShape(f"{where}: {name!r} holds a lone surrogate, which is no character")
     return item
 
 
