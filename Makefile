@@ -36,7 +36,8 @@ test: $(STAMPS)/package
 # built; its result is kept below benches/results/gpu, where the README's table comes from. A $(PYTHON) that has PyTorch
 # with CUDA is taken as it is, so that nothing is downloaded there; else .venv is made.
 GPU_RUN = -m benches.gpu --out gpu-run --keep $(ARGS)
-HAS_CUDA = import torch, triton, transformers, peft, pytest, typer; raise SystemExit(not torch.cuda.is_available())
+HAS_CUDA = import torch; from importlib.util import find_spec; \
+	raise SystemExit(not (torch.cuda.is_available() and all(map(find_spec, "triton transformers peft pytest typer".split()))))
 gpu:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no CUDA device" >&2; exit 1; }
 	@$(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null || $(MAKE) --no-print-directory $(STAMPS)/package

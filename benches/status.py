@@ -36,7 +36,8 @@ GOES_THROUGH = {
     "backward, cuda": ("latent_gradients",),
     "step, ours": ("sae_adam.step",),
     "step, cuda": ("filter_rows", "latent_gradients"),
-    "encode, ours grouped": ("encode.group", "encode.settle"),
+    "encode, all heads, grouped": ("encode.group", "encode.settle"),
+    "optimizer, ours": ("projected_adam.coefficients", "projected_adam.update"),
     "ours": ("lora_projection.coefficients", "lora_projection.update", "projection.table"),
     "ours, cuda": ("project_cluster",),
 }

@@ -286,12 +286,26 @@ def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: P
     assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", values)]) == "run on GPU, 2026-01-02"
     assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", measured)]) == "run on GPU, 2026-01-02"
     assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", measured)]) == "not yet run on a GPU"
+    optimizer = {"projection": {"status": "ok", "result": [{"name": "optimizer, ours", "ms": 1.0}]}}
+    assert status.ran("projected_adam.update", run("2026-01-02", "a", optimizer))
+    assert not status.ran("sae_adam.step", run("2026-01-02", "a", optimizer))
     for bad in (failed, broken):
         assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", bad)]) == "not yet run on a GPU"
     changed = status.on_a_gpu("decode", "b", [run("2026-01-03", "c", values), run("2026-01-02", "a", values)])
     assert changed == "not yet run on a GPU in this form; an earlier one on GPU, 2026-01-03"
     both = [run("2026-01-03", "c", values), run("2026-01-02", "b", values)]
     assert status.on_a_gpu("decode", "b", both) == "run on GPU, 2026-01-02"
+
+
+def test_the_rows_that_show_a_kernel_are_rows_that_are_measured() -> None:
+    """A row renamed in a benchmark and not here would leave its kernels "not yet run" after a run."""
+    sources = "".join(path.read_text() for path in (ROOT / "benches" / "gpu").glob("*.py"))
+    by_pattern = {"encode, all heads, grouped": 'f"encode, all heads, {path}"', "optimizer, ours": '"optimizer, ours"'}
+    for row in status.GOES_THROUGH:
+        assert by_pattern.get(row, f'"{row}"') in sources, row
+    assert {k for kernels in status.GOES_THROUGH.values() for k in kernels} <= {
+        *status.triton_sources(), *status.cuda_sources(),
+    }  # fmt: skip
 
 
 def test_fingerprints_see_code_and_nothing_else(tmp_path: Path) -> None:

@@ -246,11 +246,12 @@ def sae_backward_adam(
             (b_dec, weights[0], low_W_enc, *moments[:2], b_enc, m_b_enc, v_b_enc, weights[1], low_W_dec, *moments[2:]),
             (position, *extras, through),
         )
+        factor = device_scalar(scale, e.device)
         apart = bool(lead) and extra_rows is not None
         for head in range(n_heads if apart else 1):
             entries, state, added = ([t[head] if apart and t is not None else t for t in group] for group in groups)
             _step_kernel[(programs, 1 if apart else n_heads)](
-                e, x, values, csc.order, *entries, device_scalar(scale, e.device), *state,
+                e, x, values, csc.order, *entries, factor, *state,
                 part_dec, part_enc, part_db, *added,
                 values.shape[-1], d, n_latents, programs, csc.segment, *(salts or (0, 0)),
                 lr / bias_correction1, beta1, 1 - beta1, beta2, 1 - beta2, eps, bias_correction2**0.5,

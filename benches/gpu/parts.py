@@ -73,7 +73,7 @@ def measure_parts(o: Operands, rounds: int, tell: Tell) -> None:
 
 
 def measure_others(o: Operands, rounds: int, tell: Tell) -> None:
-    """Rows of the back-ends that run by explicit request only; one without measurement of its own does not end here."""
+    """Rows of the back-ends that run by explicit request only."""
 
     def timed(name: str, run: Callable[[], Any]) -> None:
         tell(name, attempt(lambda: measure(run, rounds)))

@@ -47,14 +47,6 @@ def of_cuda(entries: list[projection.Entry], graph: bool) -> dict[str, Any]:
     return {"error": error, **measure(graph_of(run).replay if graph else run, 20)}
 
 
-def wrong(run: Callable[[], Any]) -> tuple[Any, dict[str, str]]:
-    """(what `run` returns, {}), or (None, {"error": why}) where its comparison fails: that costs its own rows only."""
-    try:
-        return run(), {}
-    except (AssertionError, RuntimeError) as error:
-        return None, {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-
-
 @torch.no_grad()
 def main() -> None:
     """One JSON object per line and column."""
@@ -67,28 +59,29 @@ def main() -> None:
         entries = projection.problem(32, rank, "cuda")
         names = projection.columns(entries, "triton")
         shared: dict[str, Any] = {"r": rank, "bytes": projection.least_bytes(entries)}
-        error, failed = wrong(lambda e=entries, n=names: projection.check(e, {"ours": n["ours"]}))  # type: ignore[misc]
-        if failed:
-            tell({**shared, "name": "ours", **failed})
+        ours = names["ours"]
+        checked = attempt(lambda e=entries, run=ours: {"error": projection.check(e, {"ours": run})})  # type: ignore[misc]
+        captured = attempt(lambda run=ours: {"graph": graph_of(run)})  # type: ignore[misc]
+        if isinstance(checked["error"], str):  # what is wrong is not timed, and costs no other column
+            tell({**shared, "name": "ours", **checked})
             del names["ours"]
         else:
-            shared["error"] = error
-            graph, failed = wrong(lambda n=names: graph_of(n["ours"]))  # type: ignore[misc]
-            if failed:
-                tell({**shared, "name": "ours, graph", **failed})
+            shared |= checked
+            if "graph" in captured:
+                names["ours, graph"] = captured["graph"].replay
             else:
-                names["ours, graph"] = graph.replay
+                tell({**shared, "name": "ours, graph", **captured})
         for name, run in names.items():
             tell({**shared, "name": name, **attempt(lambda run=run: measure(run, 20))})
         for name in ("ours, cuda", "ours, cuda, graph"):
             tell({**shared, "name": name, **attempt(functools.partial(of_cuda, entries, name.endswith("graph")))})
         with torch.enable_grad():
-            made, failed = wrong(lambda e=entries: projected_adam.columns(e, "triton"))  # type: ignore[misc]
-        steps, off = made or ({}, None)
-        if failed:
-            tell({"r": rank, "name": "step, ours", **failed})
+            made = attempt(lambda e=entries: {"columns": projected_adam.columns(e, "triton")})  # type: ignore[misc]
+        steps, off = made.get("columns", ({}, None))
+        if "error" in made:
+            tell({"r": rank, "name": "optimizer, ours", **made})
         for name, run in steps.items():
-            row = {"r": rank, "error": off, "name": f"step, {name}"}
+            row = {"r": rank, "error": off, "name": f"optimizer, {name}"}
             tell({**row, **attempt(lambda run=run: measure(run, 20))})
         del entries, names, made, steps
 
