@@ -316,12 +316,10 @@ def chunks(
 
 
 def chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
-    """(R, C): rows and latents of one chunk. The fp32 buffer takes about half of the L2, which the operands share; for
-    short rows, whose products are shorter than a launch, up to `_LARGEST_BUFFER`."""
-    l2_bytes = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else 1 << 20
-    elements = max(l2_bytes // 2, 1 << 20) // 4
-    if x.is_cuda:
-        elements = min(elements * max(1, 1024 // x.shape[1]), _LARGEST_BUFFER // 4)
+    """(R, C): rows and latents of one chunk. On a GPU the fp32 buffer is larger than the L2: what a part of it costs in
+    trips to memory goes on beside the next products, where every further chunk costs the start and the end of two
+    kernels (8192 x 4096 took 59.6 ms at the first shape of the docstring, 2048 x 4096 66.0: `benches.gpu.encode`)."""
+    elements = (_LARGEST_BUFFER if x.is_cuda else 1 << 20) // 4
     lists = list_tiles(k)
     capacity = 4 * next_power_of_2(k) if lists is None else lists.constexprs["CAPACITY"]
     # Many rows, few latents: the rows of a launch are what keeps the filter's warps busy.

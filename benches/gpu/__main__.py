@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ import torch
 import typer
 
 from .. import machine, status
-from .stages import allowed, run, stages
+from .stages import allowed, groups, run, stages
 from .table import KEPT, table
 
 
@@ -60,16 +61,22 @@ def main(
         "stages": {},
     }
     asked = [part.strip() for part in only.split(",")] if only else [""]
-    waiting = [stage for stage in stages(quick) if stage.name.startswith(tuple(asked))]
-    while waiting:
-        stage = waiting.pop(0)
+    chosen = [stage for stage in stages(quick) if stage.name.startswith(tuple(asked))]
+    for together in groups(chosen):
+        later = chosen[chosen.index(together[-1]) + 1 :]
         left = deadline - time.monotonic()
         if left < 5:
-            result["stages"][stage.name] = {"seconds": 0, "status": "no time left", "result": None}
+            late = {"seconds": 0, "status": "no time left", "result": None}
+            result["stages"] |= {stage.name: late for stage in together}
             continue
-        result["stages"][stage.name] = found = run(stage, out, allowed(stage, waiting, left))
-        result["versions"] = machine.describe_versions() if stage.name == "build" else result["versions"]
-        print(f"{stage.name:30} {found['status']:24} {found['seconds']:6.1f} s", flush=True)
+        with ThreadPoolExecutor(len(together)) as pool:
+            ended = list(
+                pool.map(lambda stage, later=later, left=left: run(stage, out, allowed(stage, later, left)), together)
+            )
+        for stage, found in zip(together, ended, strict=True):
+            result["stages"][stage.name] = found
+            result["versions"] = machine.describe_versions() if stage.name == "build" else result["versions"]
+            print(f"{stage.name:30} {found['status']:24} {found['seconds']:6.1f} s", flush=True)
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     if keep:
         print(f"kept: {keep_result(result)}")

@@ -28,8 +28,8 @@ from ..problem import Problem
 from ..shapes import Shape
 from .clock import attempt, measure
 
-# Rows, latents: as shipped, 16, 32 and 64 MB in three proportions.
-CHUNKS = (None, (2048, 2048), (4096, 1024), (2048, 4096), (4096, 2048), (8192, 1024), (8192, 2048))
+# Rows, latents: as shipped; 32 MB, which an L2 holds, to 512 MB.
+CHUNKS = (None, (4096, 2048), (8192, 2048), (4096, 8192), (8192, 8192), (16384, 4096), (16384, 8192))
 
 
 def filters(k: int) -> Iterator[tuple[str, encode.RowFilter]]:

@@ -16,7 +16,7 @@ import time
 from ..machine import ROOT
 
 FILES = ("tests/test_gpu.py", "tests/test_cuda_compile.py", "tests/test_cuda_backward.py", "tests/test_benches.py")
-MOST = 8  # each holds a CUDA context, some 500 MB
+MOST = 16  # each holds a CUDA context, some 500 MB
 NO_TESTS = 5  # pytest's exit status of an empty part
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "SKIPPED": "skipped"}
 
@@ -41,7 +41,7 @@ def run(part: int, parts: int, expression: str, seen: dict[str, str]) -> tuple[i
 
 
 def main(expression: str = "gpu") -> int:
-    parts = max(1, min(MOST, (os.cpu_count() or 2) // 2))
+    parts = max(1, min(MOST, (os.cpu_count() or 1) - 2))
     began, seen = time.monotonic(), dict[str, str]()
     ended: list[tuple[int, str]] = [(1, "")] * parts
 
