@@ -38,10 +38,10 @@ head by head through chunks where it does not.
 
 Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16
 out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection
-about 1 ms; the pivot and the centred rows read x twice and write it once, 0.2 ms. Measured: 65.8 ms where
-the product alone takes 49.8; the filter, one warp a row, is bound by the latency of its steps, not by bytes.
+about 1 ms; the pivot and the centred rows read x twice and write it once, 0.2 ms. Measured: 62.1 ms where
+the product alone takes 50.7; the filter, one warp a row, is bound by the latency of its steps, not by bytes.
 
-Workspace, whatever N and F: R C 4 bytes (half of the L2; for d < 1024 up to 128 MB) + R CAPACITY 8 bytes (at most 32
+Workspace, whatever N and F: R C 4 bytes (128 MB on a GPU) + R CAPACITY 8 bytes (at most 32
 MB); with b_dec also R d times the element size of centred rows and, in 16 bit, F 4 bytes of folded bias.
 """
 
@@ -391,8 +391,8 @@ def topk_encode(
 
 
 def path_of(shape: Sequence[int], k: int) -> str:
-    """The path for W_enc of `shape`: "grouped" (grouped_encode.py) where there are heads and it takes the shape, by the
-    prediction that stands there; else "chunked", which is the one that was measured."""
+    """The path for W_enc of `shape`: "grouped" (grouped_encode.py) where there are heads and it takes the shape, as
+    measured there; else "chunked", which is the one that was measured."""
     return "grouped" if len(shape) == 3 and supports(shape[-1], shape[-2], k) else "chunked"
 
 
