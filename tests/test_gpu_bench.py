@@ -363,3 +363,20 @@ def test_the_end_to_end_benchmark_runs_with_small_widths() -> None:
     ]  # fmt: skip
     assert found["LoRA step"]["matrices"] == 2 * 7 * 4
     assert 0 < found["projection of its matrices"]["percent_of_step"] < 100
+
+
+def test_thinned_tests_show_every_value_of_every_parameter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", values.FILES[0]]
+
+    def seen(*options: str) -> tuple[int, set[tuple[str, ...]]]:
+        run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+        names = [line for line in run.stdout.splitlines() if "::" in line]
+        # An identifier's parts: backend, dtype and numbers; which test and which back-end they came with.
+        parts = [(name.partition("[")[0], re.split(r"[-\[\]]", name)[1:-1]) for name in names]
+        backends = ("triton", "cuda", "int8")
+        shown = {(test, *(b for b in backends if b in words), word) for test, words in parts for word in words}
+        return len(names), shown
+
+    (everything, wanted), (few, shown) = seen(), seen("--thin")
+    assert shown == wanted
+    assert few < everything / 2

@@ -1,4 +1,5 @@
-"""`python -m benches.gpu.values`: the tests marked gpu, each once, spread over processes.
+"""`python -m benches.gpu.values`: the tests marked gpu, spread over processes; of each test and back-end as many as
+show every value of every parameter (`--thin`; `pytest -m gpu` runs all).
 
 Most of their time goes into compiling Triton kernels on the host, one core a process; the kernels are small, so that
 processes share the device without harm. Prints a line per test as it ends, what failed, and pytest's counts last: a run
@@ -25,7 +26,7 @@ def run(part: int, parts: int, expression: str, seen: dict[str, str]) -> tuple[i
     """One process: (exit status, everything after the tests' own lines). `seen` takes test -> outcome."""
     command = [
         *(sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no"),
-        *("-m", expression, "--part", f"{part}/{parts}", *FILES),
+        *("-m", expression, "--thin", "--part", f"{part}/{parts}", *FILES),
     ]
     rest: list[str] = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
