@@ -154,8 +154,9 @@ def test_encode_puts_nan_first_and_infinity_second(short_lists, dtype):
 
 def test_encode_of_duplicated_latents_takes_the_lower_index(short_lists):
     torch.manual_seed(0)
-    W = torch.randn(20, 6).repeat(4, 1)
-    x = torch.randn(2, 6)
+    # Multiples of 1/64: every sum is exact, in whatever order a BLAS takes it for a column.
+    W = (torch.randn(20, 6) * 64).round().div(64).repeat(4, 1)
+    x = (torch.randn(2, 6) * 64).round() / 64
     values, indices = encode.topk_encode(x, W, torch.zeros(80), 8, None, chunk=(2, 32))
     assert torch.equal(values[:, 0::4], values[:, 3::4])
     assert torch.equal(indices[:, 1:4], indices[:, :1] + torch.tensor([20, 40, 60]))
@@ -632,9 +633,25 @@ def test_project_out(rim, dtype, shape, dim, r):
 def test_projection_plan_of_any_mix_of_tensors(rim):
     """Shapes, sides, dtypes, strides and directions of all kinds in one table; shared bases; two calls."""
     torch.manual_seed(9)
-    u, v = torch.linalg.qr(torch.randn(40, 5))[0].contiguous(), torch.linalg.qr(torch.randn(2100, 3))[0].contiguous()
-    tensors = [torch.randn(40, 16), torch.randn(6, 40).half(), torch.randn(2100, 4), torch.randn(2, 3, 40, 5, 2)]
-    strided = rim(torch.randn(33, 80))[:, ::2]
+
+    def signs(n: int, rows: int, columns: int) -> torch.Tensor:
+        """Orthonormal [n, columns] of 0 and +-1 / sqrt(rows) in n // rows blocks of rows: sums with it are exact, in
+        whatever order numpy takes them for a tile."""
+        hadamard = torch.ones(1, 1)
+        while len(hadamard) < rows:
+            hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+        basis = torch.zeros(n, columns)
+        for column in range(columns):
+            top = column % (n // rows) * rows
+            basis[top : top + rows, column] = hadamard[:, column] / rows**0.5
+        return basis
+
+    def grid(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape) * 8).round() / 8
+
+    u, v = signs(40, 16, 5), signs(2100, 256, 3)
+    tensors = [grid(40, 16), grid(6, 40).half(), grid(2100, 4), grid(2, 3, 40, 5, 2)]
+    strided = rim(grid(33, 80))[:, ::2]
     entries = [(rim(tensors[0]), u, 0), (rim(tensors[1]), u, 1), (rim(tensors[2]), v, 0), (strided, u, 1)]
     entries.append((rim(tensors[3]).permute(3, 0, 2, 4, 1), u, 2))  # three loose dimensions beside the projected one
     directions = [None, torch.randn(40), None, torch.randn(40), None]
