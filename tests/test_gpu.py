@@ -438,7 +438,7 @@ def test_csr_decode_and_gradients(backend, device, dtype, n, d, n_latents):
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(0, 13, (n,)).cumsum(0)])
     latents = torch.randint(0, n_latents, (int(offsets[-1]),))
     latents[::2] = 3
-    # On grids, so that products of rows are exact in fp32: over 9000 columns the rounding of two sums differs by chance.
+    # On grids, so that products of rows are exact in fp32: how two sums over 9000 columns are rounded is chance.
     W = (torch.randn(n_latents, d) / d**0.5 * 1024).round() / 1024
     start = torch.randn(latents.numel()), W, torch.randn(d)
     leaves = [t.to(device, u).requires_grad_() for t, u in zip(start, (dtype, dtype, torch.float32), strict=True)]
