@@ -2,7 +2,8 @@
 
 A run of `benches.gpu` keeps a fingerprint of every kernel's sources. A kernel has been run on a device where a
 committed run with the kernel's present fingerprint either passed all value tests or measured a row that goes through
-it; where only runs with other sources did, an earlier form of it has.
+it; where only runs with other sources did, an earlier form of it has. The value tests of a run show every value
+of every parameter (`--thin`), not every configuration.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,34 +118,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--thin", action="store_true", help="of a test and back-end, every value of every parameter once")
 
 
-def thinned(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of every test function and back-end so many that each value of each parameter occurs; in their order.
+def thinned(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    """Of every test function and back-end so many that each value of each parameter occurs.
 
     The next one is that which shows the most values not seen yet. What is compiled on the host for a GPU test takes
-    seconds: all combinations do not fit into the minutes of `benches.gpu`, and the interpreter has checked them.
+    seconds: all combinations do not fit into the minutes of `benches.gpu`.
     """
     groups: dict[tuple[str, str], list[tuple[pytest.Item, set[str]]]] = {}
     for item in items:
         parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         group = (item.nodeid.partition("[")[0], str(parameters.get("backend")))
         groups.setdefault(group, []).append((item, {f"{name}={value}" for name, value in parameters.items()}))
-    kept: set[pytest.Item] = set()
     for members in groups.values():
         unseen = set().union(*(values for _, values in members))
         while True:
             item, values = max(members, key=lambda member: len(member[1] & unseen))
-            kept.add(item)
+            yield item
             if not (unseen := unseen - values):
                 break
-    return [item for item in items if item in kept]
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k, or a part might have all that they leave
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--thin"):
-        kept = thinned(items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+        kept = set(thinned(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))
         # After an illegal access every later test of the process fails: what has run on a GPU before comes first.

@@ -109,6 +109,32 @@ def test_chunks_count_the_elements_of_all_heads(monkeypatch):
     assert set(sizes) == {2}
 
 
+@pytest.mark.parametrize("heads", [False, True])
+def test_16_bit_products_have_rows_of_whole_vectors_within_the_chunk_bound(monkeypatch, heads):
+    """cuBLAS is slow on rows that do not begin at 16-byte boundaries; what fills them up counts as elements too."""
+    shapes = []
+    whole = auxk._product
+
+    def seen(a: Tensor, b: Tensor, operands: torch.dtype | None) -> Tensor:
+        shapes.extend((a.shape, b.shape))
+        return whole(a, b, operands)
+
+    x, parameters = problem(torch.float32)
+    dead = DEAD if heads else listed(0)
+    if not heads:
+        x, parameters = x[0], of_head(parameters, 0)
+    rows = dead.shape[0] if heads else 1
+    bound = 2 * rows * auxk.PRODUCT_ROWS
+    monkeypatch.setattr(auxk, "CHUNK_ELEMENTS", bound)
+    monkeypatch.setattr(auxk, "_operands", lambda weights: torch.bfloat16)
+    monkeypatch.setattr(auxk, "_product", seen)
+    found = auxk.aux_k_gradients(x, torch.randn_like(x), *parameters, dead, 3, 1.0)
+    assert (found.dW_enc.shape[-2], found.db_enc.shape) == (dead.shape[-1], dead.shape)
+    activations = [shape for shape in shapes if auxk.PRODUCT_ROWS in shape[-2:] and D not in shape[-2:]]
+    assert activations  # [tokens, filled-up D] or its transpose
+    assert all(shape.numel() <= bound for shape in activations)
+
+
 def test_padding_does_not_carry_a_broken_head_into_living_latents():
     """An infinite residual in the head without dead latents: 0 times it is NaN, in no row of W."""
     x, (W_enc, b_enc, W_dec, b_dec) = problem(torch.float32)

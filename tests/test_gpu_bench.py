@@ -100,14 +100,13 @@ def test_no_stage_takes_the_time_of_a_later_one(monkeypatch: pytest.MonkeyPatch)
     ]
     left = 8 * 60.0  # and every stage takes all it is given
     for i, group in enumerate(by_time):
-        later = [stage for other in by_time[i + 1 :] for stage in other]
-        seconds = [stages.allowed(stage, later, left) for stage in group]
+        seconds = [stages.allowed(stage, by_time[i + 1 :], left) for stage in group]
         assert all(stage.share <= s <= stage.limit for stage, s in zip(group, seconds, strict=True))
         left -= max(seconds)
     assert left >= 0
     first, last = everything[0], everything[-1]
     assert stages.allowed(last, [], 8 * 60) == last.limit
-    assert stages.allowed(first, everything[1:], 5.0) == 5.0
+    assert stages.allowed(first, by_time[1:], 5.0) == 5.0
 
 
 def test_every_column_is_measured_and_its_memory_is_known() -> None:

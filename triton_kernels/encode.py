@@ -39,10 +39,10 @@ head by head through chunks where it does not.
 Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16
 out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection
 about 1 ms; the pivot and the centred rows read x twice and write it once, 0.2 ms. Measured: 62.1 ms where
-the product alone takes 50.7; the filter, one warp a row, is bound by the latency of its steps, not by bytes.
+the product alone takes 50.7: the filter and the launches of 128 chunks take five times what was predicted for them.
 
-Workspace, whatever N and F: R C 4 bytes (128 MB on a GPU) + R CAPACITY 8 bytes (at most 32
-MB); with b_dec also R d times the element size of centred rows and, in 16 bit, F 4 bytes of folded bias.
+Workspace, whatever N and F: R C 4 bytes (at most 128 MB on a GPU) + R CAPACITY 8 bytes (at most 32 MB); with b_dec also
+R d times the element size of centred rows and, in 16 bit, F 4 bytes of folded bias.
 """
 
 from __future__ import annotations
@@ -316,9 +316,9 @@ def chunks(
 
 
 def chunk_shape(x: Tensor, n_latents: int, k: int) -> tuple[int, int]:
-    """(R, C): rows and latents of one chunk. On a GPU the fp32 buffer is larger than the L2: what a part of it costs in
-    trips to memory goes on beside the next products, where every further chunk costs the start and the end of two
-    kernels (8192 x 4096 took 59.6 ms at the first shape of the docstring, 2048 x 4096 66.0: `benches.gpu.encode`)."""
+    """(R, C): rows and latents of one chunk. On a GPU the fp32 buffer may be larger than the L2, because every further
+    chunk costs the start and the end of two kernels: `benches.gpu.encode` has 8192 x 4096 at 62.0 ms, the best of 7,
+    and 4096 x 2048, which the L2 holds, at 64.2 (H200, the docstring's shape)."""
     elements = (_LARGEST_BUFFER if x.is_cuda else 1 << 20) // 4
     lists = list_tiles(k)
     capacity = 4 * next_power_of_2(k) if lists is None else lists.constexprs["CAPACITY"]
@@ -391,8 +391,9 @@ def topk_encode(
 
 
 def path_of(shape: Sequence[int], k: int) -> str:
-    """The path for W_enc of `shape`: "grouped" (grouped_encode.py) where there are heads and it takes the shape, as
-    measured there; else "chunked", which is the one that was measured."""
+    """The path for W_enc of `shape`: "grouped" (grouped_encode.py) where there are heads and it takes the shape;
+    else "chunked". Measured at d 128, F 4096, k 32 alone (`benches.gpu.heads`), where grouped is ahead for one head
+    too."""
     return "grouped" if len(shape) == 3 and supports(shape[-1], shape[-2], k) else "chunked"
 
 

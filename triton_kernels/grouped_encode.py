@@ -30,8 +30,9 @@ Work: 2 N F d flop and about 7 instructions per pre-activation; bytes: N F / 2 o
 rows of W_enc (L2) per 32 candidates and per group computed again. Expected such groups per row of random order: 3.2 at
 F 4096, k 32, and 11.3 at k 64. Roofline prediction (N 65536, d 128, F 4096, k 32, bf16, H200), per head: product and
 keys 0.2 ms, settling 0.4 ms, in all 0.6 to 0.7 ms where the chunked path was measured at 2.45. Measured with 32
-heads: 34.7 ms, 1.08 per head (product and keys 0.44, bound by tiles read from L2; settling 0.60, bound by the rows
-that it reads again), chunked 52.8: so the chooser (encode.py) takes this path where there are heads.
+heads: 34.7 and 35.4 ms in two runs, 1.1 per head, where the chunked path takes 52.8 and 66.3: so the chooser
+(encode.py) takes this path where there are heads. The prediction left out what the tiles of the product and the rows
+computed again take from L2: by count 34 GB and some 80 GB for 32 heads, at 5.5 TB/s 6 and 15 ms.
 
 Workspace: keys of at most 128 MB, centred rows, and candidates of N CAPACITY 8 bytes for as many rows.
 """

@@ -14,8 +14,9 @@ every step, and everything else stays.
 
 Bytes: 16 read and 12 written per parameter by the first sweep, 8 read and 4 written by the second: 40; and U twice.
 Roofline prediction (448 LoRA matrices of an 8B model, rank 16, 42 M parameters, H200 at 4.3 TB/s): 0.42, 0.66, 0.92 ms
-at r = 8, 64, 128; AdamW alone 0.27 ms. Measured there, called from
-Python: 2.7, 2.9, 3.3 ms, AdamW alone 1.7: the host's part of a call is the most of it.
+at r = 8, 64, 128; AdamW alone 0.27 ms. Measured there, called from Python, in the faster of two runs: 2.7, 2.9, 3.3 ms;
+AdamW alone 1.7, 1.7, 1.6; AdamW and then the projection of the difference 2.4, 2.7, 3.1, which is faster. The
+prediction is of the device's time alone.
 """
 
 from __future__ import annotations

@@ -61,18 +61,16 @@ def main(
         "stages": {},
     }
     asked = [part.strip() for part in only.split(",")] if only else [""]
-    chosen = [stage for stage in stages(quick) if stage.name.startswith(tuple(asked))]
-    for together in groups(chosen):
-        later = chosen[chosen.index(together[-1]) + 1 :]
+    waiting = groups([stage for stage in stages(quick) if stage.name.startswith(tuple(asked))])
+    while waiting:
+        together = waiting.pop(0)
         left = deadline - time.monotonic()
         if left < 5:
             late = {"seconds": 0, "status": "no time left", "result": None}
             result["stages"] |= {stage.name: late for stage in together}
             continue
         with ThreadPoolExecutor(len(together)) as pool:
-            ended = list(
-                pool.map(lambda stage, later=later, left=left: run(stage, out, allowed(stage, later, left)), together)
-            )
+            ended = list(pool.map(lambda stage, left=left: run(stage, out, allowed(stage, waiting, left)), together))
         for stage, found in zip(together, ended, strict=True):
             result["stages"][stage.name] = found
             result["versions"] = machine.describe_versions() if stage.name == "build" else result["versions"]

@@ -4,9 +4,9 @@ What triton_kernels/encode.py chooses of these (`chunk_shape`, `_LISTS`) and whe
 place of Triton's is for this table to say. Filters: Triton's with the shipped list, Triton's with a list and a step
 twice as long (half the steps, longer reductions), and CUDA's. Chunks: rows x latents of the fp32 buffer.
 
-Predictions for an H200 at the canonical shape, from the run of 2026-11-26: the product takes 49.8 ms in chunks of 2048
-x 2048 and 52 ms in those of twice the bytes; Triton's filter 16 ms whatever the chunk, half of it with the longer step;
-CUDA's 3 to 6 ms; 4 us of launch and drain per chunk, 2 ms at 4096 x 2048 and 4 ms at 2048 x 2048. Compared first: the
+Prediction for an H200 at the canonical shape: the product 49.8 ms, Triton's filter 16 ms whatever the chunk, half of it
+with the longer step, CUDA's 3 to 6 ms, 4 us of launch and drain per chunk. Measured 2026-11-27: all of them within 62
+to 71 ms, the two kernels nearly alike, the longer step no gain, larger chunks up to 128 MB 2 ms. Compared first: the
 share of latents that a variant has in common with the shipped encoder.
 """
 

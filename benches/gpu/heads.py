@@ -1,10 +1,10 @@
 """`python -m benches.gpu.heads`: 32 autoencoders of d = 128 in one call, by both paths of the encoder, on a GPU.
 
-Columns: encode of all heads and of one by the grouped and by the chunked path (triton_kernels/encode.py chooses by a
-prediction where there are heads and by the measured one where there are none; this decides both), and the training step
-of all heads in one call beside a loop of single steps and one of dense eager steps, the contestant that the target of
-4x is set against. Predictions for an H200: encode 0.6 to 0.7 ms per head grouped
-and 2.45 chunked. The paths are compared first: the share of entries with the same latent, on all rows.
+Columns: encode of all heads and of one by the grouped and by the chunked path (what triton_kernels/encode.py chooses is
+for this table to say), and the training step of all heads in one call beside a loop of single steps and one of dense
+eager steps, the contestant that the target of 4x is set against. Prediction for an H200: encode 0.6 to 0.7 ms per head
+grouped and 2.45 chunked; measured 1.1 grouped, 1.65 and 2.07 chunked. The paths are compared first: the share of
+entries with the same latent, on all rows.
 """
 
 from __future__ import annotations

@@ -146,9 +146,9 @@ def groups(found: Sequence[Stage]) -> list[list[Stage]]:
     return [list(part) for _, part in itertools.groupby(found, key=lambda stage: stage.beside or stage.name)]
 
 
-def allowed(stage: Stage, later: Sequence[Stage], left: float) -> float:
-    """Seconds for a stage where `left` are left for it and those after it: none may take what belongs to another."""
-    reserved = sum(max(other.share for other in group) for group in groups(later))
+def allowed(stage: Stage, later: Sequence[Sequence[Stage]], left: float) -> float:
+    """Seconds for a stage where `left` are left for it and the groups after it: none takes what belongs to another."""
+    reserved = sum(max(other.share for other in group) for group in later)
     return min(stage.limit, max(left - reserved, min(stage.share, left)))
 
 

@@ -42,7 +42,7 @@ def run(part: int, parts: int, expression: str, seen: dict[str, str]) -> tuple[i
 
 
 def main(expression: str = "gpu") -> int:
-    parts = max(1, min(MOST, (os.cpu_count() or 1) - 2))
+    parts = max(1, min(MOST, (os.cpu_count() or 1) - 2))  # the check and the sanitizers run beside
     began, seen = time.monotonic(), dict[str, str]()
     ended: list[tuple[int, str]] = [(1, "")] * parts
 

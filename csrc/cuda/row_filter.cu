@@ -9,11 +9,12 @@
 // Bytes: rows * columns * 4 read from L2, the bias from L1, what a chunk appends to a row's list, and the whole list where
 // it is reduced (some three times over all chunks at F 131072). Per 8 columns a lane issues 4 loads and some 50
 // instructions. Prediction for all chunks of N 32768, F 131072, k 64 on an H200: 17.2 GB at 5.5 TB/s
-// of L2, 3.1 ms; 7 instructions a column, 1.0 ms of issue slots. The Triton filter takes 16 ms there.
+// of L2, 3.1 ms; 7 instructions a column, 1.0 ms of issue slots.
 //
 // STATUS: compiled for sm_80, sm_90a, sm_100 and sm_120 without spills; the algorithm is run by 32 fibers on the CPU
-// (tests/test_row_filter.py). On an H200, exact: 12.2 ms in chunks of 30 MB and 6.4 in
-// 256 MB (Triton's 11.2 and 8.7); whole encoders differ by less than their spread, so it runs on explicit request only.
+// (tests/test_row_filter.py). Measured on an H200, 2026-11-27: the encoder takes 62.5 ms with it, 62.0 with Triton's
+// filter and 50.7 for the product alone, so three times the prediction at least; the latents of 256 rows were those of a
+// stable sort. So the dispatcher uses it on explicit request only. Its value tests have not been run on a GPU.
 
 #include "row_filter_warp.h"
 

@@ -1,7 +1,7 @@
 """The CUDA C++ back-end of refusal_kernels._C. It runs by explicit request only.
 
-Its backward is twice as fast as Triton's on an H200; with Adam behind it the step is 4 % ahead (85.6 and 88.9 ms), for
-more memory (4.7 and 3.0 GB).
+Its backward takes half of the time of Triton's on an H200; with Adam behind it the step is 4 % ahead (85.6 and 88.9
+ms), for more memory (4.7 and 3.0 GB): too little for a kernel whose value tests have not been run on a GPU.
 
 topk_encode is the chunked encoder of the Triton back-end (cuBLAS and, for b_dec, Triton kernels) with the row filter of
 csrc/cuda in the place of Triton's. Its gradient is Triton's, as are the pass that decodes and takes the residual and

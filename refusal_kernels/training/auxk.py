@@ -20,7 +20,8 @@ from ..checks import FLOAT_DTYPES, check_encoder, check_k, check_shape, check_te
 
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 22, 1 << 24
 # Dead rows of a product in 16 bits are filled up with zeros to a multiple of this: of matrices whose rows do not begin
-# at 16-byte boundaries cuBLAS makes a fifth of its rate (145 of the 270 ms of a step with 13107 dead, on an H200).
+# at 16-byte boundaries cuBLAS makes little of its rate. A step with 13107 dead latents took 273 ms on an H200 without,
+# 148 with (`benches.gpu.sae`, column dead).
 PRODUCT_ROWS = 64
 
 
@@ -228,7 +229,7 @@ def aux_k_gradients(
     dW_enc, dW_dec = (torch.zeros(enc.shape, dtype=ct, device=x.device) for _ in range(2))
     db_enc = torch.zeros(enc.shape[:-1], dtype=ct, device=x.device)
     loss = torch.zeros(dead.shape[:-1], dtype=ct, device=x.device)
-    chunk = max(1, (GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // dead.numel())
+    chunk = max(1, (GPU_CHUNK_ELEMENTS if x.is_cuda else CHUNK_ELEMENTS) // db_enc.numel())
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         centred = x[..., part, :].to(ct) - shift
