@@ -13,6 +13,7 @@
 #include "cpu/isa.h"
 #include "cuda/projection.h"
 #include "cuda/row_filter.h"
+#include "cuda/sae_adam.h"
 #include "cuda/sae_backward.h"
 #include "cuda/sparse_decode.h"
 
@@ -99,8 +100,16 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
     const BackwardShape& shape = kBackwardShapes[cut.shape];
     split = {cut.vector, shape.threads, shape.teams(), cut.chunks};
     threads = shape.block;
-    grid = backward_grid(0, n_latents, cut);
+    grid = backward_grid(n_latents, cut);
     workspace = cut.chunks > 1 ? 4 * n * k : 0;  // dot products
+  } else if (op == "sae_backward_adam") {  // of one head, without segments of hot latents
+    const BackwardSplit cut = split_backward(d, type, true);
+    const BackwardShape& shape = kBackwardShapes[cut.shape];
+    split = {cut.vector, shape.threads, shape.teams(), 1};
+    threads = shape.block;
+    grid = adam_grid(1, static_cast<int>(n_latents), cut);
+    workspace = adam_teams(static_cast<int>(n_latents)) * d * 4;  // shares of db_enc @ W_enc
+    fits = cut.chunks == 1 && d % cut.vector == 0 && n_latents <= INT_MAX / 2;
   } else if (op == "project_out") {  // of F matrices with d vectors of N numbers, k columns of the basis
     fits = k >= 1 && k <= kMostRanks;
     const ProjectionShape& shape = kProjectionShapes[projection_shape(fits ? k : kMostRanks)];
@@ -111,8 +120,8 @@ py::dict plan(const std::string& op, const std::array<int64_t, 4>& shape, const 
     workspace = sm < 90 ? grid.x * shape.numbers() * 4 : 0;  // parts of U^T G where there are no clusters
   } else {
     throw py::value_error(
-        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight, row_filter, sae_backward or "
-        "project_out; got '" +
+        "plan: op must be sparse_decode, sparse_decode_dvalues, sparse_decode_dweight, row_filter, sae_backward, "
+        "sae_backward_adam or project_out; got '" +
         op + "'");
   }
   py::dict result;

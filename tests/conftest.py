@@ -193,6 +193,14 @@ def emulated_backward(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
+def emulated_adam(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/cuda/sae_adam_team.h, likewise."""
+    loaded = emulation(tmp_path_factory, "sae_adam")
+    loaded.emulate_sae_backward_adam.restype = ctypes.c_char_p
+    return loaded
+
+
+@pytest.fixture(scope="session")
 def emulated_projection(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """csrc/cuda/projection_block.h, by as many fibers as a cluster of blocks has threads."""
     loaded = emulation(tmp_path_factory, "projection")

@@ -16,15 +16,17 @@ import torch
 
 import refusal_kernels as rk
 from refusal_kernels import native
-from refusal_kernels.backends.cuda import FILTER_CAPACITY, FILTER_MOST_K
+from refusal_kernels.backends.cuda import ADAM_TEAMS, FILTER_CAPACITY, FILTER_MOST_K
 
 # Kernels of each file: three row types, three splits of a row, two sums and one product; loads of 4 numbers or of one;
 # three row types, six aligned shapes, two that are not, two for wide rows and their two products, and one sum of parts;
+# three row types, six shapes;
 # six widths of a basis, in clusters or in two launches.
 KERNELS = {
     "sparse_decode.cu": 27,
     "row_filter.cu": 2,
     "sae_backward.cu": 3 * (6 + 2 + 2 + 2) + 1,
+    "sae_adam.cu": 3 * 6,
     "projection.cu": 6 * 3,
 }
 ARCHITECTURES = ("80", "90a", "100", "120")  # csrc/cuda/CMakeLists.txt, the default
@@ -120,6 +122,22 @@ def test_plan_of_the_latent_major_backward(d, dtype, vector, team, threads, chun
         "vector": vector, "lanes": team, "threads": threads, "grid": (-(-4099 * team // threads), chunks), "fits": True,
         "workspace_bytes": 4 * 16000 * (chunks > 1),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "latents", "threads", "blocks", "fits"),
+    [
+        ("bfloat16", 4096, 131072, 256, 2048, True),
+        ("bfloat16", 128, 4096, 128, 256, True),
+        ("float32", 4096, 100, 512, 100, True),
+        ("float32", 4100, 100, 512, 100, False),
+        ("bfloat16", 4100, 100, 512, 100, False),
+    ],
+)
+def test_plan_of_the_step(dtype: str, d: int, latents: int, threads: int, blocks: int, fits: bool) -> None:
+    plan = extension().plan("sae_backward_adam", (1000, d, latents, 16), dtype, 90)
+    assert (plan["threads"], plan["grid"], plan["fits"]) == (threads, (blocks, 1), fits)
+    assert plan["workspace_bytes"] == min(latents, ADAM_TEAMS) * d * 4
 
 
 @pytest.mark.parametrize(

@@ -22,78 +22,11 @@
 // dispatcher uses it on explicit request only: Adam behind it reads the gradients again, where Triton's step has it inside,
 // and its value tests have not been run on a GPU (memcheck found nothing in its smallest ones).
 
+#include "device_team.h"
 #include "sae_backward_team.h"
-
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 namespace rk::cuda {
 namespace {
-
-struct Float16Row {
-  using Element = uint16_t;
-  static constexpr int kVector = 8;
-  static __device__ __forceinline__ float to_float(uint16_t x) {
-    return __half2float(__ushort_as_half(x));
-  }
-  static __device__ __forceinline__ void unpack(const Words& from, float (&to)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      to[2 * i] = to_float(static_cast<uint16_t>(from.word[i] & 0xffffu));
-      to[2 * i + 1] = to_float(static_cast<uint16_t>(from.word[i] >> 16));
-    }
-  }
-};
-
-// A part of a warp, a warp, or the whole block.
-template <int kSize>
-struct DeviceTeam {
-  static constexpr int kThreads = kSize, kLanes = kSize < 32 ? kSize : 32;
-
-  // The team's in this warp: teams that share one go their own ways.
-  static __device__ __forceinline__ unsigned lanes() {
-    return kSize < 32 ? ((1u << kLanes % 32) - 1) << (threadIdx.x % 32 / kLanes * kLanes) : 0xffffffffu;
-  }
-  static __device__ __forceinline__ int rank() {
-    return static_cast<int>(kSize > 32 ? threadIdx.x : threadIdx.x % kSize);
-  }
-  static __device__ __forceinline__ float shuffle_xor(float own, int distance) {
-    return __shfl_xor_sync(lanes(), own, distance, kLanes);
-  }
-  static __device__ __forceinline__ void barrier() {
-    if constexpr (kSize > 32) {
-      __syncthreads();
-    } else {
-      __syncwarp(lanes());
-    }
-  }
-  // No load is moved up across this: the compiler would rather spill than wait for shared memory.
-  static __device__ __forceinline__ void not_before_here() {
-    __syncwarp(lanes());
-  }
-  // 16 bytes on their way from global to shared memory, or zeros.
-  static __device__ __forceinline__ void copy(void* to, const void* from, bool live) {
-    const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(live ? 16 : 0)
-                 : "memory");
-  }
-  static __device__ __forceinline__ void commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  }
-  // Until all but the newest `kPending` groups of this thread are there.
-  template <int kPending>
-  static __device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-  }
-  static __device__ __forceinline__ Words from_ring(const unsigned char* at) {
-    const uint4 four = *reinterpret_cast<const uint4*>(at);
-    return {four.x, four.y, four.z, four.w};
-  }
-  static __device__ __forceinline__ Words load(const void* from) {
-    const uint4 four = __ldg(static_cast<const uint4*>(from));
-    return {four.x, four.y, four.z, four.w};
-  }
-};
 
 template <int kIndex>
 constexpr BackwardShape kShape = kBackwardShapes[kIndex];
@@ -105,12 +38,12 @@ constexpr int kTeamBytes = backward_team_bytes(kShape<kIndex>);
 // The slow paths take the registers they need.
 template <class Row, int kIndex, bool kAligned, bool kGiven>
 __global__ void __launch_bounds__(kShape<kIndex>.block, kAligned && !kGiven ? kShape<kIndex>.blocks : 1)
-    latent_gradients(const BackwardArgs args) {
+    latent_gradients(const BackwardArgs args, const int programs) {
   extern __shared__ __align__(16) unsigned char memory[];
   constexpr int kTeamThreads = kShape<kIndex>.threads;
   const int team = kTeams<kIndex> == 1 ? 0 : static_cast<int>(threadIdx.x) / kTeamThreads;
   const int program = static_cast<int>(blockIdx.x) * kTeams<kIndex> + team;
-  if (program < args.segments + args.latents) {  // the same for all threads of a team
+  if (program < programs) {  // the same for all threads of a team
     add_entries<DeviceTeam<kTeamThreads>, Row, kIndex, kAligned, kGiven>(
         args, program, static_cast<int>(blockIdx.y), memory + team * kTeamBytes<kIndex>);
   }
@@ -133,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) latent_combine(const BackwardArgs ar
 }
 
 template <class Row, int kIndex, bool kAligned, bool kGiven>
-cudaError_t launch_shape(const BackwardArgs& args, const BackwardSplit& split, cudaStream_t stream) {
-  const Grid grid = backward_grid(args.segments, args.latents, split);
+cudaError_t launch_shape(const BackwardArgs& args, const BackwardSplit& split, int programs, cudaStream_t stream) {
+  const Grid grid = backward_grid(programs, split);
   const auto kernel = latent_gradients<Row, kIndex, kAligned, kGiven>;
   if (split.shared > 48 << 10) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
@@ -143,60 +76,74 @@ cudaError_t launch_shape(const BackwardArgs& args, const BackwardSplit& split, c
     }
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  kernel<<<blocks, kShape<kIndex>.block, split.shared, stream>>>(args);
+  kernel<<<blocks, kShape<kIndex>.block, split.shared, stream>>>(args, programs);
   return cudaGetLastError();
 }
 
 template <class Row, bool kAligned>
-cudaError_t launch_row(const BackwardArgs& args, const BackwardSplit& split, cudaStream_t stream) {
+cudaError_t launch_row(const BackwardArgs& args, const BackwardSplit& split, int programs, cudaStream_t stream) {
   if (split.chunks > 1) {
-    const unsigned programs = static_cast<unsigned>(args.segments + args.latents);
-    latent_dots<Row, kAligned><<<programs, kWidest.threads, 0, stream>>>(args);
-    return launch_shape<Row, kWidestBackward, kAligned, true>(args, split, stream);
+    latent_dots<Row, kAligned><<<static_cast<unsigned>(programs), kWidest.threads, 0, stream>>>(args);
+    return launch_shape<Row, kWidestBackward, kAligned, true>(args, split, programs, stream);
   }
   if constexpr (kAligned) {
     switch (split.shape) {
       case 0:
-        return launch_shape<Row, 0, true, false>(args, split, stream);
+        return launch_shape<Row, 0, true, false>(args, split, programs, stream);
       case 1:
-        return launch_shape<Row, 1, true, false>(args, split, stream);
+        return launch_shape<Row, 1, true, false>(args, split, programs, stream);
       case 3:
-        return launch_shape<Row, 3, true, false>(args, split, stream);
+        return launch_shape<Row, 3, true, false>(args, split, programs, stream);
       case 4:
-        return launch_shape<Row, 4, true, false>(args, split, stream);
+        return launch_shape<Row, 4, true, false>(args, split, programs, stream);
       default:
         break;
     }
   }
   static_assert(kUnalignedBackward[0] == 2);
   if (split.shape == 2) {
-    return launch_shape<Row, 2, kAligned, false>(args, split, stream);
+    return launch_shape<Row, 2, kAligned, false>(args, split, programs, stream);
   }
-  return launch_shape<Row, kWidestBackward, kAligned, false>(args, split, stream);
+  return launch_shape<Row, kWidestBackward, kAligned, false>(args, split, programs, stream);
+}
+
+// The first `programs` of backward_grid, of which the segments' are the first.
+cudaError_t launch(RowType type, const BackwardArgs& args, int programs, cudaStream_t stream) {
+  const bool aligned = backward_is_aligned(type, args);
+  const BackwardSplit split = split_backward(args.d, type, aligned);
+  const auto of_row = [&]<class Row>() {
+    return aligned ? launch_row<Row, true>(args, split, programs, stream)
+                   : launch_row<Row, false>(args, split, programs, stream);
+  };
+  return type == RowType::kFloat32    ? of_row.template operator()<Float32Row>()
+         : type == RowType::kBFloat16 ? of_row.template operator()<BFloat16Row>()
+                                      : of_row.template operator()<Float16Row>();
+}
+
+const char* text_of(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
 const char* sae_backward(RowType type, const BackwardArgs& args, void* stream_of_torch) {
-  const bool aligned = backward_is_aligned(type, args);
-  const BackwardSplit split = split_backward(args.d, type, aligned);
-  const Grid grid = backward_grid(args.segments, args.latents, split);
+  const BackwardSplit split = split_backward(args.d, type, backward_is_aligned(type, args));
+  const Grid grid = backward_grid(args.segments + args.latents, split);
   if (grid.x > kMaxGridX || grid.y > kMaxGridY) {
     return "too many latents or columns for one launch";
   }
   const auto stream = static_cast<cudaStream_t>(stream_of_torch);
-  const auto launch = [&]<class Row>() {
-    return aligned ? launch_row<Row, true>(args, split, stream) : launch_row<Row, false>(args, split, stream);
-  };
-  cudaError_t error = type == RowType::kFloat32    ? launch.template operator()<Float32Row>()
-                      : type == RowType::kBFloat16 ? launch.template operator()<BFloat16Row>()
-                                                   : launch.template operator()<Float16Row>();
+  cudaError_t error = launch(type, args, args.segments + args.latents, stream);
   if (error == cudaSuccess && args.segments > 0) {
     const unsigned columns = static_cast<unsigned>(args.d / kThreads + 1);
     latent_combine<<<dim3(static_cast<unsigned>(args.segments), columns), kThreads, 0, stream>>>(args);
     error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(error);
+}
+
+const char* sae_backward_parts(RowType type, const BackwardArgs& args, void* stream) {
+  return args.segments == 0 ? nullptr : text_of(launch(type, args, args.segments, static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace rk::cuda

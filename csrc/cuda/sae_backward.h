@@ -62,9 +62,9 @@ inline constexpr BackwardSplit split_backward(int64_t d, RowType type, bool alig
 }
 
 // Programs: one for every segment of a hot latent, then one for every latent. A block has a team for each.
-inline constexpr Grid backward_grid(int64_t segments, int64_t latents, const BackwardSplit& split) {
+inline constexpr Grid backward_grid(int64_t programs, const BackwardSplit& split) {
   const int teams = kBackwardShapes[split.shape].teams();
-  return {(segments + latents + teams - 1) / teams, split.chunks};
+  return {(programs + teams - 1) / teams, split.chunks};
 }
 
 // T is the row type. Entries stand in the order of their latents, those of a latent by ascending row: latent f has
@@ -94,6 +94,9 @@ struct BackwardArgs {
 
 // Null on success, else the text of the CUDA error. Pointers are device pointers, `stream` is a cudaStream_t.
 const char* sae_backward(RowType type, const BackwardArgs& args, void* stream);
+
+// The parts of hot latents alone.
+const char* sae_backward_parts(RowType type, const BackwardArgs& args, void* stream);
 
 // Whether rows are at 16-byte boundaries, as the fast path needs them.
 inline bool backward_is_aligned(RowType type, const BackwardArgs& a) {

@@ -39,6 +39,9 @@ struct Float32Row {
       to[i] = same.number;
     }
   }
+  static RK_LANE float of_float(float x) {
+    return x;
+  }
 };
 
 struct BFloat16Row {
@@ -60,6 +63,15 @@ struct BFloat16Row {
       to[2 * i] = of_bits(from.word[i] << 16);
       to[2 * i + 1] = of_bits(from.word[i] & 0xffff0000u);
     }
+  }
+  // To nearest, ties to even, as PyTorch rounds.
+  static RK_LANE uint16_t of_float(float x) {
+    union {
+      float number;
+      uint32_t bits;
+    } same{x};
+    const uint32_t up = same.bits + 0x7fffu + (same.bits >> 16 & 1u);
+    return static_cast<uint16_t>(x == x ? up >> 16 : 0x7fc0u);
   }
 };
 
@@ -215,18 +227,17 @@ RK_LANE void emit(float* to, int columns, const float (&piece)[kVector], bool ad
   }
 }
 
-// dW_dec, dW_enc, db_enc of a program's entries, in the columns of a chunk, by a team of kBackwardShapes[kIndex]. kGiven:
-// the dot products are in a.dots.
-// `memory`: backward_team_bytes of shared memory.
-template <class Team, class Row, int kIndex, bool kAligned, bool kGiven>
-RK_LANE void add_entries(const BackwardArgs& a, int program, int chunk, unsigned char* memory) {
+// Adds the entries of `work` to gradients that begin at zero, in the columns of a chunk, by a team of
+// kBackwardShapes[kIndex]. kGiven: the dot products are in a.dots. `memory`: backward_team_bytes of shared memory, in
+// which nothing is on its way any more at the end. `on_batch(left)` is called in front of every batch.
+template <class Team, class Row, int kIndex, bool kAligned, bool kGiven, class OnBatch>
+RK_LANE void sum_entries(
+    const BackwardArgs& a, const Work& work, int chunk, unsigned char* memory,
+    float (&dW_dec)[kBackwardShapes[kIndex].pieces][Row::kVector],
+    float (&dW_enc)[kBackwardShapes[kIndex].pieces][Row::kVector], float& db_enc, const OnBatch& on_batch) {
   constexpr BackwardShape kShape = kBackwardShapes[kIndex];
   constexpr int kVector = Row::kVector, kPieces = kShape.pieces, kBatch = kShape.batch, kStages = kShape.stages;
   using Element = typename Row::Element;
-  const Work work = work_of(a, program);
-  if (!work.active) {
-    return;
-  }
   // Everything below begins at the thread's first piece; its others are kStride bytes or kColumns columns further on.
   // Pieces behind the end of the row are zeros in the ring: no branch in what adds up.
   constexpr int kStride = Team::kThreads * 16, kColumns = Team::kThreads * kVector, kRow = kPieces * kStride;
@@ -287,9 +298,9 @@ RK_LANE void add_entries(const BackwardArgs& a, int program, int chunk, unsigned
   }
   read_entries((kStages - 1) * kBatch);
 
-  float dW_dec[kPieces][kVector] = {}, dW_enc[kPieces][kVector] = {}, db_enc = 0;
   int stage = 0;
   for (; left > 0; position += kBatch, left -= kBatch) {
+    on_batch(left);
     // The slots that the last round has read take the batch that is kStages - 1 further on.
     ask_for_rows(stage == 0 ? kStages - 1 : stage - 1);
     read_entries(kStages * kBatch);
@@ -363,6 +374,24 @@ RK_LANE void add_entries(const BackwardArgs& a, int program, int chunk, unsigned
     stage = stage + 1 < kStages ? stage + 1 : 0;
   }
 
+  Team::template wait<0>();  // for the zeros behind the last entry: their place may be asked for again
+}
+
+// dW_dec, dW_enc, db_enc of a program's entries, in the columns of a chunk.
+template <class Team, class Row, int kIndex, bool kAligned, bool kGiven>
+RK_LANE void add_entries(const BackwardArgs& a, int program, int chunk, unsigned char* memory) {
+  constexpr BackwardShape kShape = kBackwardShapes[kIndex];
+  constexpr int kVector = Row::kVector, kPieces = kShape.pieces;
+  constexpr int kColumns = Team::kThreads * kVector;
+  const Work work = work_of(a, program);
+  if (!work.active) {
+    return;
+  }
+  float dW_dec[kPieces][kVector] = {}, dW_enc[kPieces][kVector] = {}, db_enc = 0;
+  sum_entries<Team, Row, kIndex, kAligned, kGiven>(a, work, chunk, memory, dW_dec, dW_enc, db_enc, [](int) {});
+
+  const int first = chunk * kPieces * kColumns + Team::rank() * kVector;
+  const int columns = a.d - first;
   const bool hot = program < a.segments, add = a.accumulate && !hot;
   const int row = hot ? program : program - a.segments;  // of the parts; the latent
   float* const dec = row_of(hot ? a.part_dec : a.dW_dec, row, a.d) + first;

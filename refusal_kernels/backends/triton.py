@@ -62,6 +62,7 @@ class TritonBackend(Backend):
     device_types = ("cuda",)
     fuses_mixed_precision = True
     fuses_compact_state = True
+    fuses_copies = True
     takes_heads = frozenset(_MODULES) - {"project_out", "project_out_grouped"}
 
     def unavailable_reason(self) -> str | None:

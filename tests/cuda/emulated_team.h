@@ -1,7 +1,30 @@
-// A team of threads on the CPU, as sae_backward_team.h takes it: fibers.h.
+// A team of threads on the CPU and the row type that needs a processor's conversions, as sae_backward_team.h takes them.
 #pragma once
 
+#include <cmath>
+
 #include "fibers.h"
+
+struct Float16Row {
+  using Element = uint16_t;
+  static constexpr int kVector = 8;
+  static float to_float(uint16_t x) {
+    _Float16 number;
+    std::memcpy(&number, &x, 2);
+    return static_cast<float>(number);
+  }
+  static void unpack(const rk::cuda::Words& from, float (&to)[8]) {
+    for (int i = 0; i < 8; ++i) {
+      to[i] = to_float(static_cast<uint16_t>(from.word[i / 2] >> (i % 2 * 16)));
+    }
+  }
+  static uint16_t of_float(float x) {
+    const _Float16 number = static_cast<_Float16>(x);
+    uint16_t bits;
+    std::memcpy(&bits, &number, 2);
+    return bits;
+  }
+};
 
 // The threads' functions, as sae_backward_team.h takes them.
 template <int kSize>
@@ -44,5 +67,14 @@ struct EmulatedTeam {
     rk::cuda::Words words;
     std::memcpy(&words, from, sizeof words);
     return words;
+  }
+  static float quotient(float x, float by) {
+    return x / by;
+  }
+  static float root(float x) {
+    return std::sqrt(x);
+  }
+  static void prefetch(const void* line) {
+    Fibers::check(line, 1, 1);
   }
 };

@@ -10,21 +10,6 @@ namespace {
 
 using namespace rk::cuda;
 
-struct Float16Row {
-  using Element = uint16_t;
-  static constexpr int kVector = 8;
-  static float to_float(uint16_t x) {
-    _Float16 number;
-    std::memcpy(&number, &x, 2);
-    return static_cast<float>(number);
-  }
-  static void unpack(const Words& from, float (&to)[8]) {
-    for (int i = 0; i < 8; ++i) {
-      to[i] = to_float(static_cast<uint16_t>(from.word[i / 2] >> (i % 2 * 16)));
-    }
-  }
-};
-
 constexpr int kWidestThreads = kBackwardShapes[kWidestBackward].threads;
 
 template <class Row, int kIndex, bool kAligned, bool kGiven>
