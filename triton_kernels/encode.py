@@ -367,7 +367,7 @@ def topk_encode(
 
     x [N, d] and W_enc [F, d] share one dtype of fp32, bf16, fp16; b_enc [F] and b_dec [d] are fp32; 1 <= k <= F < 2^31;
     or all of them with a head axis in front. `chunk` = (rows, latents) overrides the size of the work buffer. `path` is
-    "chunked", "grouped" or None for `path_of`'s choice. `row_filter`: the kernel that selects, in chunks.
+    one of PATHS or None for `path_of`'s choice. `row_filter`: the kernel that selects, in chunks.
 
     Equivalent to: torch.sort(torch.relu((x - b_dec) @ W_enc.T + b_enc), descending=True, stable=True), first k columns.
     """
@@ -375,12 +375,14 @@ def topk_encode(
     indices = torch.empty(*x.shape[:-1], k, dtype=torch.int64, device=x.device)
     if x.numel() == 0:
         return values, indices
-    if row_filter is None and (path or path_of(W_enc.shape, k)) == "grouped":
+    path = path or path_of(W_enc.shape, k)
+    if row_filter is None and path != "chunked":
         with on_device(x):
             shift, bias = centring(x, W_enc, b_enc, b_dec)
             heads = x.dim() - 2  # 0 or 1: a head axis of 1 is put where there is none
             arguments = (t if heads or t is None else t[None] for t in (x, W_enc, bias, shift, values, indices))
-            encode_rows(*arguments, rows=None if chunk is None else chunk[0])  # type: ignore[arg-type]
+            rows = None if chunk is None else chunk[0]
+            encode_rows(*arguments, rows=rows, kept=3 if path == "grouped, 3 keys" else 2)  # type: ignore[arg-type]
     elif W_enc.dim() == 3:
         for head in range(W_enc.shape[0]):
             one = (x[head], W_enc[head], b_enc[head], k, None if b_dec is None else b_dec[head])
@@ -388,6 +390,10 @@ def topk_encode(
     else:
         _encode_in_chunks(x, W_enc, b_enc, k, b_dec, values, indices, chunk, row_filter)
     return values, indices
+
+
+# How a code is made: grouped_encode.py with two or three keys of each group, or in chunks.
+PATHS = ("grouped", "grouped, 3 keys", "chunked")
 
 
 def path_of(shape: Sequence[int], k: int) -> str:

@@ -1,11 +1,12 @@
-"""topk_encode for narrow rows and many heads: the product keeps two keys of every 32 latents, then each row is settled.
+"""topk_encode for narrow rows and many heads: the product keeps 2 or 3 keys of every 32 latents, then rows are settled.
 
     pre = x W_enc^T + bias, accumulated in fp32; values, indices = the first k of a stable descending sort of relu(pre)
 
 For d = 128 writing and filtering all pre-activations costs ten times their product (encode.py). Here they never leave
 the registers:
 
-* `_group_kernel`: tiles of the product; of each 32 neighbouring latents ("group") the two largest keys are stored.
+* `_group_kernel`: tiles of the product; of each 32 neighbouring latents ("group") the two largest keys are stored, or
+  on request the three largest.
   A key is 32 bits: the pre-activation's, made to order like integers, with the low 5 replaced by the latent's place.
 * `_settle_kernel`: one program per row. tau is the k-th largest key. A margin below it decides which latents could be
   among the k best: of a group whose second key is below, its first alone; of a group whose second key is not, all 32,
@@ -19,7 +20,7 @@ and the row of W_enc alone, so equal latents tie. Both differ from the exact sum
 sums keep. A key T is within 2^-18 |A| of A. So |T - B| <= 2 s + 2^-18 |T|, to first order. The k latents whose keys are
 tau or larger have B >= tau - (2 s + 2^-18 |tau|), hence so has every latent that is among the k best by B, and its key
 is at least tau - (4 s + 2^-17 |tau|). The kernel's margin is 4 s + 2^-16 |tau|. A latent that was dropped has a key no
-larger than its group's second: where that is below tau minus the margin, none is among the k best. So the result is
+larger than its group's last: where that is below tau minus the margin, none is among the k best. So the result is
 exactly the contract, for B, whatever the order, ties and distribution of the rows.
 * Fewer than k positives: where tau minus the margin is not above 0, every latent whose key is above -4 s is computed
   again (no other has B > 0), and the groups that hold latents 0 .. k - 1 as well, among which the lowest unused are.
@@ -33,6 +34,11 @@ keys 0.2 ms, settling 0.4 ms, in all 0.6 to 0.7 ms where the chunked path was me
 heads: 34.7 and 35.4 ms in two runs, 1.1 per head, where the chunked path takes 52.8 and 66.3: so the chooser
 (encode.py) takes this path where there are heads. The prediction left out what the tiles of the product and the rows
 computed again take from L2: by count 34 GB and some 80 GB for 32 heads, at 5.5 TB/s 6 and 15 ms.
+
+Three keys: 0.24 groups per row are computed again at F 4096, k 32 instead of 3.2, and 1.7 at k 64 instead of 11.3, for
+half as many keys more and five more minima and maxima per pre-activation. Prediction for 32 heads: settling 8 to 10 ms
+where it takes some 20, the product 1 to 2 ms more, so 26 to 28 ms in all. Not yet run on a GPU: the chooser takes two
+(`encode.PATHS`), and `benches.gpu.heads` measures both.
 
 Workspace: keys of at most 128 MB, centred rows, and candidates of N CAPACITY 8 bytes for as many rows.
 """
@@ -61,6 +67,14 @@ def _larger_two(a1, a2, b1, b2):
 
 
 @triton.jit
+def _larger_three(a1, a2, a3, b1, b2, b3):
+    """The three largest of two triples, each in descending order: the n-th is max over i + j = n of min(a_i, b_j)."""
+    second = tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+    third = tl.maximum(tl.maximum(a3, b3), tl.maximum(tl.minimum(a2, b1), tl.minimum(a1, b2)))
+    return tl.maximum(a1, b1), second, third
+
+
+@triton.jit
 def _ordered(value):
     """int32 that orders like the fp32 `value`, NaN above all."""
     bits = value.to(tl.int32, bitcast=True)
@@ -77,9 +91,10 @@ def _value(key):
 @triton.jit(do_not_specialize=["rows"])
 def _group_kernel(
     x_ptr, w_ptr, bias_ptr, keys_ptr, rows, n_latents, groups, d,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """keys [H, rows, 2, groups]: the two largest keys of every group of x [H, rows, d] w [H, n_latents, d]^T + bias."""
+    """keys [H, rows, KEPT, groups]: the KEPT largest keys, 2 or 3, of every group of x [H, rows, d] w [H, n_latents,
+    d]^T + bias."""
     head = tl.program_id(1).to(tl.int64)
     x_ptr += head * rows * d
     w_ptr += head * n_latents * d
@@ -110,27 +125,33 @@ def _group_kernel(
     key = (_ordered(total) & -32) | (31 - n % GROUP)[None, :]
     key = tl.where((n < n_latents)[None, :], key, _PAD)
     key = tl.reshape(key, [BLOCK_M, BLOCK_N // GROUP, GROUP])
-    first, second = tl.reduce((key, tl.full(key.shape, _PAD, tl.int32)), 2, _larger_two)
+    if KEPT == 2:
+        first, second = tl.reduce((key, tl.full(key.shape, _PAD, tl.int32)), 2, _larger_two)
+    else:
+        none = tl.full(key.shape, _PAD, tl.int32)
+        first, second, third = tl.reduce((key, none, none), 2, _larger_three)
     group = tile_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
-    out = keys_ptr + (head * rows + m)[:, None] * 2 * groups + group[None, :]
+    out = keys_ptr + (head * rows + m)[:, None] * KEPT * groups + group[None, :]
     exists = (m < rows)[:, None] & (group < groups)[None, :]
     tl.store(out, first, mask=exists)
     tl.store(out + groups, second, mask=exists)
+    if KEPT == 3:
+        tl.store(out + 2 * groups, third, mask=exists)
 
 
 @triton.jit(do_not_specialize=["rows", "top", "n"])
 def _settle_kernel(
     x_ptr, w_ptr, bias_ptr, widest_ptr, keys_ptr, list_ptr, values_ptr, indices_ptr,
     rows, top, n, n_latents, groups, d, k, noise,
-    K: tl.constexpr, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK_D: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One program settles one row: values, indices [H, n, k][head, top + row] from its keys [2, groups]."""
+    """One program settles one row: values, indices [H, n, k][head, top + row] from its keys [KEPT, groups]."""
     head = tl.program_id(1).to(tl.int64)
     row = head * rows + tl.program_id(0)
     x_ptr += row * d
     w_ptr += head * n_latents * d
     bias_ptr += head * n_latents
-    keys_ptr += row * 2 * groups
+    keys_ptr += row * KEPT * groups
     list_ptr += row * CAPACITY
 
     both = tl.arange(0, 2 * GROUPS)
@@ -152,14 +173,22 @@ def _settle_kernel(
     group = tl.arange(0, GROUPS)
     first = tl.load(keys_ptr + group, mask=group < groups, other=_PAD)
     second = tl.load(keys_ptr + groups + group, mask=group < groups, other=_PAD)
-    whole = (second > _PAD) & ~(_value(second) < limit)
+    last = second
+    if KEPT == 3:
+        last = tl.load(keys_ptr + 2 * groups + group, mask=group < groups, other=_PAD)
+    whole = (last > _PAD) & ~(_value(last) < limit)
     whole = whole | ((group < groups) & (group * GROUP < tl.where(few, k, 0)))
     alone = ~whole & (first > _PAD) & ~(_value(first) < limit)
     # The row's keys are in registers: their place takes the latents and the groups to compute again.
     tl.debug_barrier()
     tl.store(keys_ptr + tl.cumsum(alone.to(tl.int32)) - 1, group * GROUP + 31 - (first & 31), mask=alone)
-    tl.store(keys_ptr + groups + tl.cumsum(whole.to(tl.int32)) - 1, group, mask=whole)
+    tl.store(keys_ptr + (KEPT - 1) * groups + tl.cumsum(whole.to(tl.int32)) - 1, group, mask=whole)
     n_alone = tl.sum(alone.to(tl.int32))
+    if KEPT == 3:
+        beside = ~whole & (second > _PAD) & ~(_value(second) < limit)
+        place = keys_ptr + n_alone + tl.cumsum(beside.to(tl.int32)) - 1
+        tl.store(place, group * GROUP + 31 - (second & 31), mask=beside)
+        n_alone += tl.sum(beside.to(tl.int32))
     n_whole = tl.sum(whole.to(tl.int32))
     tl.debug_barrier()
 
@@ -177,7 +206,7 @@ def _settle_kernel(
         latent = tl.load(keys_ptr + at, mask=at < n_alone, other=0)
         live = at < n_alone
         if turn >= turns:
-            number = tl.load(keys_ptr + groups + tl.minimum(turn - turns, groups - 1))
+            number = tl.load(keys_ptr + (KEPT - 1) * groups + tl.minimum(turn - turns, groups - 1))
             latent = tl.where(finish, n_latents, number * GROUP) + lane
             live = latent < n_latents
         total = tl.zeros([GROUP, BLOCK_D], dtype=tl.float32)
@@ -221,20 +250,21 @@ _LARGEST_KEYS = 128 << 20  # bytes of keys and of candidates
 _SHAPES = ((32, 128, 128, 32), (128, 256, 512, 64))
 
 
-def _settle_tiles(largest: int, capacity: int, groups: int, block_d: int) -> Tiles:
-    return Tiles({"K": largest, "GROUPS": groups, "CAPACITY": capacity, "BLOCK_D": block_d}, num_warps=1)
+def _settle_tiles(largest: int, capacity: int, groups: int, block_d: int, kept: int = 2) -> Tiles:
+    sizes = {"K": largest, "GROUPS": groups, "CAPACITY": capacity, "BLOCK_D": block_d, "KEPT": kept}
+    return Tiles(sizes, num_warps=1)
 
 
-def settle_tiles(n_latents: int, k: int) -> Tiles | None:
+def settle_tiles(n_latents: int, k: int, kept: int = 2) -> Tiles | None:
     """Tiles of `_settle_kernel`, or None where registers hold no row of so many keys."""
-    return next((_settle_tiles(*row) for row in _SHAPES if k <= row[0] and n_latents <= 32 * row[2]), None)
+    return next((_settle_tiles(*row, kept) for row in _SHAPES if k <= row[0] and n_latents <= 32 * row[2]), None)
 
 
-def group_tiles(dtype: torch.dtype) -> Tiles:
+def group_tiles(dtype: torch.dtype, kept: int = 2) -> Tiles:
     # Small tiles and two stages, so that several programs share a multiprocessor and one's keys hide another's loads.
     if dtype == torch.float32:
-        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8}, num_warps=4, num_stages=2)
-    return Tiles({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8}, num_warps=8, num_stages=2)
+        return Tiles({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 8, "KEPT": kept}, 4, num_stages=2)
+    return Tiles({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "KEPT": kept}, 8, num_stages=2)
 
 
 def supports(d: int, n_latents: int, k: int) -> bool:
@@ -243,20 +273,28 @@ def supports(d: int, n_latents: int, k: int) -> bool:
 
 
 def encode_rows(
-    x: Tensor, W_enc: Tensor, bias: Tensor, shift: Tensor | None, values: Tensor, indices: Tensor, rows: int | None
+    x: Tensor,
+    W_enc: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    rows: int | None,
+    kept: int = 2,
 ) -> None:
     """Writes values, indices [H, N, k] of x [H, N, d] - shift [H, d] with W_enc [H, F, d] and bias [H, F] fp32.
 
-    `supports` the shape. `rows` bounds the rows per head of one launch.
+    `supports` the shape. `rows` bounds the rows per head of one launch. `kept`: keys that are stored of a group, 2 or
+    3.
     """
     heads, n, d = x.shape
     n_latents, k = W_enc.shape[1], values.shape[2]
     groups = triton.cdiv(n_latents, 32)
-    tiles, settle = group_tiles(x.dtype), settle_tiles(n_latents, k)
+    tiles, settle = group_tiles(x.dtype, kept), settle_tiles(n_latents, k, kept)
     assert settle is not None, "encode_rows is called for shapes that `supports` takes"
     capacity = settle.constexprs["CAPACITY"]
-    rows = min(n, rows or max(1, _LARGEST_KEYS // (8 * max(groups, capacity) * heads)))
-    keys = torch.empty(heads * rows * 2 * groups, dtype=torch.int32, device=x.device)
+    rows = min(n, rows or max(1, _LARGEST_KEYS // (4 * max(kept * groups, 2 * capacity) * heads)))
+    keys = torch.empty(heads * rows * kept * groups, dtype=torch.int32, device=x.device)
     listed = torch.empty(heads * rows * capacity, dtype=torch.int64, device=x.device)
     # The kernels take all heads' rows of one launch side by side.
     copied = shift is not None or rows < n
@@ -282,33 +320,35 @@ def encode_rows(
 def configurations() -> Iterator[Configuration]:
     """Both kernels of this file as they ship."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
-        yield Configuration(
-            _group_kernel,
-            f"encode.group[{name}]",
-            {
-                **pointers(name, "x", "w"),
-                **pointers("fp32", "bias"),
-                **pointers("i32", "keys"),
-                **integers("rows", "n_latents", "groups", "d"),
-            },
-            group_tiles(dtype),
-            ("n_latents", "groups", "d"),
-            tensor_cores=dtype != torch.float32,
-            variant=dtype == torch.float16,
-        )
-        for row in _SHAPES:
+        for kept in (2, 3):
+            of = f"{name}{',3 keys' * (kept - 2)}"
             yield Configuration(
-                _settle_kernel,
-                f"encode.settle[{name},k<={row[0]},F<={32 * row[2]}]",
+                _group_kernel,
+                f"encode.group[{of}]",
                 {
-                    **pointers(name, "x", "w", "values"),
-                    **pointers("fp32", "bias", "widest"),
+                    **pointers(name, "x", "w"),
+                    **pointers("fp32", "bias"),
                     **pointers("i32", "keys"),
-                    **pointers("i64", "list", "indices"),
-                    **integers("rows", "top", "n", "n_latents", "groups", "d", "k"),
-                    "noise": "fp32",
+                    **integers("rows", "n_latents", "groups", "d"),
                 },
-                _settle_tiles(*row),
-                ("n_latents", "groups", "d", "k"),
-                variant=name != "bf16",
+                group_tiles(dtype, kept),
+                ("n_latents", "groups", "d"),
+                tensor_cores=dtype != torch.float32,
+                variant=dtype == torch.float16,
             )
+            for row in _SHAPES:
+                yield Configuration(
+                    _settle_kernel,
+                    f"encode.settle[{of},k<={row[0]},F<={32 * row[2]}]",
+                    {
+                        **pointers(name, "x", "w", "values"),
+                        **pointers("fp32", "bias", "widest"),
+                        **pointers("i32", "keys"),
+                        **pointers("i64", "list", "indices"),
+                        **integers("rows", "top", "n", "n_latents", "groups", "d", "k"),
+                        "noise": "fp32",
+                    },
+                    _settle_tiles(*row, kept),
+                    ("n_latents", "groups", "d", "k"),
+                    variant=name != "bf16",
+                )

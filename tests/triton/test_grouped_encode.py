@@ -15,11 +15,18 @@ from refusal_kernels.triton_kernels import encode, grouped_encode
 from refusal_kernels.triton_kernels.launch import Tiles
 
 
+@pytest.fixture(params=[2, 3], ids=["2 keys", "3 keys"])
+def kept(request) -> int:
+    """How many keys of a group are stored; of both, on every input."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def _small_and_poisoned(monkeypatch):
+def _small_and_poisoned(monkeypatch, kept):
     """Tiles and lists that tiny shapes fill several times: the shipped ones take seconds in the interpreter."""
-    tiles = Tiles({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 2}, num_warps=4)
-    monkeypatch.setattr(grouped_encode, "group_tiles", lambda dtype: tiles)
+    tiles = Tiles({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP_M": 2, "KEPT": kept}, num_warps=4)
+    monkeypatch.setattr(grouped_encode, "group_tiles", lambda dtype, of: tiles)
+    monkeypatch.setattr(f"{__name__}.PATH", "grouped" if kept == 2 else "grouped, 3 keys")
     monkeypatch.setattr(grouped_encode, "_SHAPES", ((8, 64, 8, 32), (64, 128, 32, 32)))
     monkeypatch.setattr(encode, "_LISTS", ((8, 32, 16, 1), (64, 128, 64, 1)))
     torch.manual_seed(2)
@@ -28,12 +35,15 @@ def _small_and_poisoned(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+PATH = "grouped"
+
+
 def integers(*shape: int, low: int = -2, high: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randint(low, high, shape).to(dtype)
 
 
 def grouped(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None = None, rows: int = 2):
-    return encode.topk_encode(x, W, b, k, b_dec, chunk=(rows, 0), path="grouped")
+    return encode.topk_encode(x, W, b, k, b_dec, chunk=(rows, 0), path=PATH)
 
 
 def check_exact(x: Tensor, W: Tensor, b: Tensor, k: int, b_dec: Tensor | None = None) -> None:
