@@ -139,6 +139,7 @@ class SAETrainer:
             eps=config.eps,
             max_grad_norm=config.max_grad_norm,
             moment_dtype=DTYPES[config.moments],
+            copy_dtype=torch.bfloat16 if self._autocast else None,
             backend=config.backend,
         )
         self._check_backend(sae)

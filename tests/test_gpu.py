@@ -402,6 +402,30 @@ def test_state_in_fewer_bytes(backend, device, d, with_dead):
     assert all(m.dtype == torch.bfloat16 for m in (*after[3][1][:2], *after[3][1][4:6]))
 
 
+@steps
+@pytest.mark.parametrize("d", [40, 1024, 3000])
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_a_step_with_copies_is_a_step_that_casts(backend, device, d, with_dead):
+    """To the bit, over two steps: the second reads the copies that the first has written."""
+    x, parameters, dead = sae(device, 300, d, 60, hot=4)
+    after = []
+    for copy_dtype in (torch.bfloat16, None):
+        leaves = copies(parameters, device, torch.float32)
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, copy_dtype=copy_dtype, backend=backend)
+        for _ in range(2):
+            with torch.autocast(device, torch.bfloat16):
+                out = rk.sae_step(
+                    x.bfloat16(), *leaves, 5, dead=dead if with_dead else None, k_aux=4, optimizer=optimizer,
+                    backend=backend,
+                )  # fmt: skip
+        ran(backend, "sae_step")
+        if copy_dtype is not None:
+            for weight in leaves[::2]:
+                assert torch.equal(optimizer.copy_of(weight), weight.detach().to(torch.bfloat16))
+        after.append([out.values, *(leaf.detach() for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+
+
 # --- codes whose rows have different lengths ------------------------------------------------------------------------
 
 

@@ -85,6 +85,8 @@ def test_state_dict_carries_moments_and_leaves_the_other_options(tmp_path):
         ({"max_grad_norm": 0}, "max_grad_norm must be a number greater than 0, or None; got 0"),
         ({"max_grad_norm": "a"}, "max_grad_norm must be a number greater than 0, or None; got str 'a'"),
         ({"backend": "no"}, "backend must be one of reference, cpu, triton, cuda, triton-int8, auto; got 'no'"),
+        ({"copy_dtype": torch.float32}, "copy_dtype must be torch.bfloat16, torch.float16 or None; got torch.float32"),
+        ({"copy_dtype": "bf16"}, "copy_dtype must be torch.bfloat16, torch.float16 or None; got 'bf16'"),
         (
             {"backend": ["cpu"]},
             r"backend must be one of .*, triton-int8, auto; got \['cpu'\]",
@@ -261,3 +263,90 @@ def test_gradients_that_are_only_known_to_be_negated():
     lazily = torch._neg_view(torch.randn(F, D)).requires_grad_()
     with pytest.raises(ValueError, match=r"W_enc must stand in memory as it is.*got one lazily negated"):
         rk.SAEAdam(lazily, *parameters()[1:])
+
+
+# --- copies of the weights for the forward pass -----------------------------------------------------------------------
+
+
+def under_autocast(optimizer: rk.SAEAdam, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(9, D, generator=torch.Generator().manual_seed(seed))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return rk.sae_step(x, *optimizer.parameters, 3, optimizer=optimizer).loss
+
+
+def untouched(optimizer: rk.SAEAdam) -> None:
+    pass
+
+
+def in_place(optimizer: rk.SAEAdam) -> None:
+    with torch.no_grad():
+        optimizer.parameters[0].mul_(1.5)
+        optimizer.parameters[2].detach().add_(0.25)
+
+
+def other_data(optimizer: rk.SAEAdam) -> None:
+    optimizer.parameters[2].data = optimizer.parameters[2].detach() * 2
+
+
+def a_step_outside(optimizer: rk.SAEAdam) -> None:
+    steps(optimizer, 1)
+
+
+def unseen(optimizer: rk.SAEAdam) -> None:
+    for parameter in optimizer.parameters[::2]:
+        parameter.data.mul_(1.25)
+    optimizer.forget_copies()
+
+
+def a_copy_of_itself(optimizer: rk.SAEAdam) -> None:
+    twin = pickle.loads(pickle.dumps(optimizer))
+    assert twin.copy_dtype == optimizer.copy_dtype
+    assert not twin._copies
+
+
+@pytest.mark.parametrize("change", [untouched, in_place, other_data, a_step_outside, unseen, a_copy_of_itself])
+@pytest.mark.parametrize("norm", [None, 0.5])
+def test_a_copy_is_never_older_than_its_weight(change, norm):
+    """Steps with copies and steps that cast give the same bits, whatever happens to the weights in between."""
+    torch.manual_seed(3)
+    start = parameters()
+    results = []
+    for copy_dtype in (torch.bfloat16, None):
+        leaves = [p.detach().clone().requires_grad_() for p in start]
+        optimizer = rk.SAEAdam(*leaves, lr=0.1, max_grad_norm=norm, copy_dtype=copy_dtype)
+        losses = []
+        for seed in range(3):
+            losses.append(under_autocast(optimizer, seed))
+            change(optimizer)
+        results.append([*losses, *(p.detach() for p in optimizer.parameters)])
+    for mine, cast in zip(*results, strict=True):
+        assert torch.equal(mine, cast)
+
+
+def test_what_the_forward_pass_reads_is_the_copy():
+    optimizer = rk.SAEAdam(*parameters(), copy_dtype=torch.bfloat16)
+    W_enc = optimizer.parameters[0]
+    assert torch.equal(optimizer.copy_of(W_enc), W_enc.detach().to(torch.bfloat16))
+    optimizer.copy_of(W_enc).zero_()
+    assert not optimizer.copy_of(W_enc).any(), "not made again: nothing has changed the weight"
+    x = torch.randn(9, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = rk.sae_step(x, *optimizer.parameters, 3, optimizer=optimizer)
+    assert torch.equal(out.indices[0], out.indices[1]), "without W_enc every token has the latents of b_enc"
+
+
+def test_copies_in_another_dtype_than_the_step_are_left_alone():
+    results = []
+    for copy_dtype in (torch.float16, None):
+        torch.manual_seed(4)
+        optimizer = rk.SAEAdam(*parameters(), copy_dtype=copy_dtype)
+        under_autocast(optimizer)
+        assert not optimizer._copies
+        results.append(optimizer.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_weights_of_16_bits_have_no_copies():
+    leaves = [p.detach().to(torch.bfloat16).requires_grad_() for p in parameters()]
+    with pytest.raises(ValueError, match=r"copy_dtype needs W_enc and W_dec of torch\.float32; got torch\.bfloat16"):
+        rk.SAEAdam(*leaves, copy_dtype=torch.bfloat16)

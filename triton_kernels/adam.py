@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compact import load_wide, moment_words, store_moments, store_weight
+from .compact import load_wide, store_moments, store_weight, words
 from .launch import ABSENT, Configuration, Tiles, device_scalar, on_device, pointers
 
 
@@ -184,7 +184,7 @@ def adam_compact_rows(
     if low is not None:
         W = W.view(torch.int16)
     numbers = (lr, beta1, beta2, eps, bias_correction1, bias_correction2)
-    _launch(W, low, g, moment_words(m), moment_words(v), salt, numbers, grad_scale, remove_parallel, unit_norm)
+    _launch(W, low, g, words(m), words(v), salt, numbers, grad_scale, remove_parallel, unit_norm)
 
 
 def _launch(

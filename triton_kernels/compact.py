@@ -37,6 +37,18 @@ def store_weight(ptr, low_ptr, at, live, w):
 
 
 @triton.jit
+def store_copy(ptr, at, live, w):
+    """fp32 numbers rounded to nearest, ties to even, to `ptr + at`, as PyTorch's cast rounds them: bf16 numbers as
+    their words."""
+    if ptr.dtype.element_ty == tl.int16:
+        word = w.to(tl.int32, bitcast=True)
+        word = tl.where(w == w, word + 0x7FFF + (word >> 16 & 1), 0x7FC00000)
+        tl.store(ptr + at, (word >> 16).to(tl.int16), mask=live)
+    else:
+        tl.store(ptr + at, w.to(ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def store_moment(ptr, at, live, m, bits):
     """fp32 numbers to `ptr + at`; to bf16 words away from zero where the lower half plus `bits`, int32 in [0, 2^16),
     carries."""
@@ -73,6 +85,6 @@ def upper_half(w):
     return (w.to(tl.int32, bitcast=True) + 0x8000 & -65536).to(tl.float32, bitcast=True)
 
 
-def moment_words(moment: Tensor) -> Tensor:
-    """A moment as the kernels take it: bf16 numbers as their words."""
-    return moment.view(torch.int16) if moment.dtype == torch.bfloat16 else moment
+def words(numbers: Tensor) -> Tensor:
+    """A moment or a copy as the kernels take it: bf16 numbers as their words."""
+    return numbers.view(torch.int16) if numbers.dtype == torch.bfloat16 else numbers

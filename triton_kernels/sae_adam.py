@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .adam import FORMS, adam_compact_rows, adam_rows, adam_update
 from .backward import sae_backward, segment_length
-from .compact import load_wide, moment_words, store_moments, store_weight, upper_half
+from .compact import load_wide, store_copy, store_moments, store_weight, upper_half, words
 from .csc import csc_from_indices
 from .latents import add_entries, block_tiles, hot_parts, rounded_to
 from .launch import ABSENT, Configuration, device_scalar, integers, on_device, pointers
@@ -54,7 +54,7 @@ def as_seen(w, low_ptr, ptr):
 def _step_kernel(
     e_ptr, x_ptr, values_ptr, order_ptr, offsets_ptr, ends_ptr, scale_ptr, b_dec_ptr,
     w_enc_ptr, low_enc_ptr, m_enc_ptr, v_enc_ptr, b_enc_ptr, m_b_ptr, v_b_ptr,
-    w_dec_ptr, low_dec_ptr, m_dec_ptr, v_dec_ptr,
+    w_dec_ptr, low_dec_ptr, m_dec_ptr, v_dec_ptr, copy_enc_ptr, copy_dec_ptr,
     part_dec_ptr, part_enc_ptr, part_db_ptr,
     position_ptr, extra_enc_ptr, extra_db_ptr, extra_dec_ptr, through_ptr,
     k, d, n_latents, programs, segment, salt_enc, salt_dec,
@@ -107,6 +107,8 @@ def _step_kernel(
             square = tl.sum(tl.where(live, w * w, 0.0))
             w /= tl.where(square > 0.0, tl.sqrt(square), 1.0)
         store_weight(w_dec_ptr, low_dec_ptr, at, live, w)
+        if copy_dec_ptr is not None:
+            store_copy(copy_dec_ptr, at, live, w)
         store_moments(m_dec_ptr, v_dec_ptr, at, live, m, v, salt_dec)
 
         w = load_wide(w_enc_ptr, low_enc_ptr, at, live)
@@ -115,6 +117,8 @@ def _step_kernel(
         v = load_wide(v_enc_ptr, None, at, live)
         w, m, v = adam_update(w, dw_enc, m, v, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_bc2)
         store_weight(w_enc_ptr, low_enc_ptr, at, live, w)
+        if copy_enc_ptr is not None:
+            store_copy(copy_enc_ptr, at, live, w)
         store_moments(m_enc_ptr, v_enc_ptr, at, live, m, v, salt_enc)
 
         b = tl.load(b_enc_ptr + latent).to(tl.float32)
@@ -133,15 +137,15 @@ def _step_kernel(
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
 _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
 # The widest block, by what registers allow: one stage more where 16-bit rows meet fp32 weights and moments without
-# AuxK's rows, one less where weights in halves meet these.
+# AuxK's rows or copies, one less where weights in halves meet these.
 _MORE, _LESS = (4096, 2, 16, 3), (4096, 2, 16, 1)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
 
-def _block(d: int, mixed: bool, halves: bool, extra: bool) -> tuple[int, int, int, int]:
+def _block(d: int, mixed: bool, halves: bool, extra: bool, copies: bool) -> tuple[int, int, int, int]:
     """`mixed`: 16-bit rows beside fp32 weights and moments; `halves`: weights in halves."""
     block = next(b for b in _BLOCKS if b[0] >= d)
-    if block[0] == _MORE[0] and mixed and not extra:
+    if block[0] == _MORE[0] and mixed and not extra and not copies:
         return _MORE
     return _LESS if block[0] == _LESS[0] and halves and extra else block
 
@@ -177,6 +181,8 @@ def sae_backward_adam(
     low_W_enc: Tensor | None = None,
     low_W_dec: Tensor | None = None,
     salts: tuple[int, int] | None = None,
+    copy_W_enc: Tensor | None = None,
+    copy_W_dec: Tensor | None = None,
     *,
     segment: int | None = None,
 ) -> Tensor:
@@ -190,6 +196,7 @@ def sae_backward_adam(
 
     `salts` (W_enc's, W_dec's) say that the state is compact, as `Backend.adam_compact_rows` has it: moments in bf16 are
     rounded stochastically, and bf16 weights with the int16 low_W_enc, low_W_dec are halves of fp32 master weights.
+    `copy_W_enc`, `copy_W_dec`, in a 16-bit dtype, become the fp32 weights after the step, rounded to nearest.
 
     Equivalent to: sae_backward into zeroed buffers, += of the extra rows, adam_rows on W_enc and b_enc, and
     adam_rows(remove_parallel, unit_norm) on W_dec.
@@ -218,19 +225,22 @@ def sae_backward_adam(
         _adam(W_enc, low_W_enc, gradients[0], m_W_enc, v_W_enc, plain, salt_enc)
         adam_rows(b_enc, gradients[1], m_b_enc, v_b_enc, *plain)
         _adam(W_dec, low_W_dec, gradients[2], m_W_dec, v_W_dec, constrained, salt_dec)
+        for copy, W in ((copy_W_enc, W_enc), (copy_W_dec, W_dec)):
+            if copy is not None:
+                copy.copy_(W)
         return wide_through
     with on_device(e):
         csc = csc_from_indices(indices, n_latents, segment or segment_length(max(indices.numel(), 1), d))
         part_dec, part_enc, part_db = hot_parts(e, x, values, csc, W_dec, b_dec, scale)
         moments = [m_W_enc, v_W_enc, m_W_dec, v_W_dec]
         if salts is not None:
-            moments = [moment_words(moment) for moment in moments]
+            moments = [words(moment) for moment in moments]
         weights = [W if low is None else W.view(torch.int16) for W, low in ((W_enc, low_W_enc), (W_dec, low_W_dec))]
         mixed = W_enc.element_size() - e.element_size() == 2 and m_W_enc.dtype == torch.float32
         programs = min(_PROGRAMS, n_latents)
         through = torch.empty(*W_dec.shape[:-2], programs, d, dtype=torch.float32, device=e.device)
         tiles = block_tiles(
-            _block(d, mixed, low_W_enc is not None, extra_rows is not None),
+            _block(d, mixed, low_W_enc is not None, extra_rows is not None, copy_W_enc is not None),
             HAS_BIAS=b_dec is not None,
             EXTRA=extra_rows is not None,
             PARALLEL=remove_parallel,
@@ -240,10 +250,22 @@ def sae_backward_adam(
         # first, behind the view.
         lead = W_dec.shape[:-2]
         offsets, ends = csc.offsets[:-1].view(*lead, n_latents), csc.segment_ends.view(*lead, n_latents)
-        position = None if extra_rows is None else _positions(extra_rows, n_latents)
+        position = None if extra_rows is None else positions(extra_rows, n_latents)
         groups: tuple[tuple[Tensor | None, ...], ...] = (
             (offsets, ends),
-            (b_dec, weights[0], low_W_enc, *moments[:2], b_enc, m_b_enc, v_b_enc, weights[1], low_W_dec, *moments[2:]),
+            (
+                b_dec,
+                weights[0],
+                low_W_enc,
+                *moments[:2],
+                b_enc,
+                m_b_enc,
+                v_b_enc,
+                weights[1],
+                low_W_dec,
+                *moments[2:],
+                *(None if copy is None else words(copy) for copy in (copy_W_enc, copy_W_dec)),
+            ),
             (position, *extras, through),
         )
         factor = device_scalar(scale, e.device)
@@ -260,7 +282,7 @@ def sae_backward_adam(
         return through.sum(-2)
 
 
-def _positions(rows: Tensor, n_latents: int) -> Tensor:
+def positions(rows: Tensor, n_latents: int) -> Tensor:
     """[F'], F' > F: where in rows [D] a latent is, or -1; with heads [H, F'] of rows [H, D], whose padding with -1
     writes behind F. F' is even, so that every head's part is aligned alike."""
     width = n_latents + 2 - n_latents % 2
@@ -280,31 +302,40 @@ def _adam(
 
 def configurations() -> Iterator[Configuration]:
     """The kernel at every width, with fp32 states: for bf16 throughout, for fp32 throughout, and for 16-bit activations
-    beside fp32 weights (autocast); with and without rows of AuxK. int64 entry numbers (N k >= 2^31) at the widest
-    block. State in fewer bytes beside bf16 activations: bf16 moments, master weights in halves, both."""
+    beside fp32 weights (autocast), without and with copies of these; with and without rows of AuxK. int64 entry numbers
+    (N k >= 2^31) at the widest block. State in fewer bytes beside bf16 activations: bf16 moments, master weights in
+    halves, both."""
     sums = ("part_dec", "part_enc", "part_db", "extra_enc", "extra_db", "extra_dec", "through")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
-    forms = [(name, name, "i32", block, True, "") for name in ("bf16", "fp32") for block in _BLOCKS]
-    forms += [("fp32", "fp32", "i32", block, False, "") for block in _BLOCKS]
-    forms += [("fp32", "fp32", "i64", _BLOCKS[-1], extra, "") for extra in (True, False)]
-    forms += [(name, "fp32", "i32", block, False, "") for name in ("bf16", "fp16") for block in _BLOCKS]
-    forms += [("bf16", "fp32", "i32", block, True, "") for block in _BLOCKS]
-    compact = [form for form in FORMS if form]
+    # (rows, weights, entry numbers, block, AuxK's rows, form of the state, copies)
+    forms = [(name, name, "i32", block, True, "", False) for name in ("bf16", "fp32") for block in _BLOCKS]
+    forms += [("fp32", "fp32", "i32", block, False, "", False) for block in _BLOCKS]
+    forms += [("fp32", "fp32", "i64", _BLOCKS[-1], extra, "", False) for extra in (True, False)]
     forms += [
-        ("bf16", FORMS[form][0], "i32", block, extra, form)
-        for form in compact for block in _BLOCKS for extra in (False, True)
+        (name, "fp32", "i32", block, False, "", copies)
+        for name in ("bf16", "fp16") for block in _BLOCKS for copies in (False, True)
     ]  # fmt: skip
-    for name, weights, order, block, extra, form in forms:
+    forms += [("bf16", "fp32", "i32", block, True, "", copies) for block in _BLOCKS for copies in (False, True)]
+    forms += [
+        ("bf16", FORMS[form][0], "i32", block, extra, form, copies)
+        for form in FORMS if form for block in _BLOCKS for extra in (False, True)
+        for copies in ((False, True) if FORMS[form][0] == "fp32" else (False,))
+    ]  # fmt: skip
+    for name, weights, order, block, extra, form, copies in forms:
         halves = weights == "i16"
         low = pointers("i16", "low_enc", "low_dec") if halves else dict.fromkeys(("low_enc_ptr", "low_dec_ptr"), ABSENT)
         yield Configuration(
             _step_kernel,
-            f"sae_adam.step[{name},{form or weights},{order},{block[0]}{'+extra' if extra else ''}]",
+            f"sae_adam.step[{name},{form or weights},{order},{block[0]}{'+extra' * extra}{'+copies' * copies}]",
             {
                 **pointers(name, "e", "x", "values"),
                 **pointers(weights, "w_enc", "w_dec"),
                 **low,
                 **pointers(FORMS[form][1], "m_enc", "v_enc", "m_dec", "v_dec"),
+                **(
+                    pointers("i16" if name == "bf16" else name, "copy_enc", "copy_dec")
+                    if copies else dict.fromkeys(("copy_enc_ptr", "copy_dec_ptr"), ABSENT)
+                ),
                 **pointers("fp32", "scale", "b_dec", "b_enc", "m_b", "v_b", *sums),
                 **pointers("i64", "offsets", "ends", "position"),
                 **pointers(order, "order"),
@@ -312,9 +343,9 @@ def configurations() -> Iterator[Configuration]:
                 **dict.fromkeys(scalars, "fp32"),
             },
             block_tiles(
-                _block(block[0], weights == "fp32" != name and not form, halves, extra),
+                _block(block[0], weights == "fp32" != name and not form, halves, extra, copies),
                 HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True,
             ),
             ("k", "d"),
-            variant=bool(form) or order == "i64" or (name == weights) != extra,
+            variant=bool(form) or copies or order == "i64" or (name == weights) != extra,
         )  # fmt: skip

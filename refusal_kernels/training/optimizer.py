@@ -66,6 +66,13 @@ class SAEAdam(torch.optim.Optimizer):
     of fp32 weights under bf16 autocast, in 4 bytes a weight instead of 6 with the copy that autocast makes. Both: 8
     bytes a weight and 16 moved per step, instead of 14 and 26.
 
+    Copies ("shadows") of fp32 weights for the forward pass: under autocast every step casts W_enc and W_dec to 16 bits.
+    With `copy_dtype=torch.bfloat16` the pass that updates a weight writes its copy too, where the back-end can, and the
+    next `sae_step` under bf16 autocast reads that: no cast, and 2 bytes a weight held instead of made anew. A copy
+    that anything else has outdated is made again before it is read, whatever PyTorch counts as a change: `step()`,
+    an in-place operation, `load_state_dict`, another tensor as `.data`. What it does not count is a write through
+    `.data` (`W_dec.data.mul_(2)`) or by foreign code to the memory: call `forget_copies()` after that.
+
     Args:
         W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; or with a head axis [H, F, d], [H, F], [H, d]; all
             of one dtype (fp32, or fp64 on the reference and CPU; 16 bits work, with moments of 16 bits too: keep fp32
@@ -78,6 +85,7 @@ class SAEAdam(torch.optim.Optimizer):
         moment_dtype: torch.float32 or torch.bfloat16 for the moments of W_enc and W_dec, beside fp32 or split weights;
             None: the parameter's, or fp32 for split ones.
         split_master: W_enc and W_dec, which must be bf16, are halves of fp32 master weights.
+        copy_dtype: torch.bfloat16 or torch.float16 for copies of W_enc and W_dec, which must be fp32, or None.
         backend: as in the operators.
 
     Raises:
@@ -101,6 +109,7 @@ class SAEAdam(torch.optim.Optimizer):
         *,
         moment_dtype: torch.dtype | None = None,
         split_master: bool = False,
+        copy_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         check_sae_parameters("SAEAdam", W_enc, b_enc, W_dec, b_dec)
@@ -112,25 +121,33 @@ class SAEAdam(torch.optim.Optimizer):
         check_flag("SAEAdam", "unit_norm_decoder", unit_norm_decoder)
         check_flag("SAEAdam", "remove_parallel_grad", remove_parallel_grad)
         check_compact("SAEAdam", W_enc.dtype, moment_dtype, split_master)
+        check_copy_dtype("SAEAdam", W_enc.dtype, copy_dtype)
         requested_backend(backend)
         self.moment_dtype = moment_dtype
         self.split_master = split_master
+        self.copy_dtype = copy_dtype
         self.unit_norm_decoder = unit_norm_decoder
         self.remove_parallel_grad = remove_parallel_grad
         self.max_grad_norm = max_grad_norm
         self.backend = backend
         self._gradient_buffers: tuple[Tensor, Tensor] | None = None
+        # By the number of the parameter: its copy, and the state of the parameter that the copy is of.
+        self._copies: dict[int, Tensor] = {}
+        self._copied: dict[int, tuple[int, int]] = {}
         super().__init__([W_enc, b_enc, W_dec, b_dec], {"lr": lr, "betas": betas, "eps": eps, **NOT_OFFERED})
 
     def __getstate__(self) -> dict[str, Any]:
-        # Optimizer's own keeps its three attributes alone. The gradient buffers are scratch.
+        # Optimizer's own keeps its three attributes alone. Gradient buffers are scratch, and copies can be made anew.
         options = (
             "unit_norm_decoder", "remove_parallel_grad", "max_grad_norm", "backend", "moment_dtype", "split_master",
+            "copy_dtype",
         )  # fmt: skip
         return {
             **super().__getstate__(),
             **{name: getattr(self, name) for name in options},
             "_gradient_buffers": None,
+            "_copies": {},
+            "_copied": {},
         }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -180,10 +197,35 @@ class SAEAdam(torch.optim.Optimizer):
         self.moments(parameter)
         return self.state[parameter].get("low")
 
+    def _number(self, parameter: Tensor) -> int:
+        return next(i for i, p in enumerate(self.parameters) if p is parameter)
+
     def salt(self, parameter: Tensor) -> int:
         """What the stochastic rounding of a weight's moments in the step that was counted last begins with."""
-        number = next(i for i, p in enumerate(self.parameters) if p is parameter)
-        return compact.salt_of(int(self.state[parameter]["step"]), number)
+        return compact.salt_of(int(self.state[parameter]["step"]), self._number(parameter))
+
+    @torch.no_grad()
+    def copy_of(self, parameter: Tensor) -> Tensor:
+        """The copy in `copy_dtype` of W_enc or W_dec as it is now; made again where it is outdated."""
+        assert self.copy_dtype is not None, "only with copy_dtype are copies kept"
+        number = self._number(parameter)
+        kept = self._copies.get(number)
+        if kept is None or kept.shape != parameter.shape or kept.device != parameter.device:
+            self._copied.pop(number, None)
+            kept = torch.empty(parameter.shape, dtype=self.copy_dtype, device=parameter.device)
+            self._copies[number] = kept
+        if self._copied.get(number) != _state_of(parameter):
+            kept.copy_(parameter)
+            self._copied[number] = _state_of(parameter)
+        return kept
+
+    def copies_written(self) -> None:
+        """Says that the copies are of the weights as they are now: for the pass that has written both."""
+        self._copied = {number: _state_of(self.parameters[number]) for number in self._copies}
+
+    def forget_copies(self) -> None:
+        """Has all copies made again before they are read: for whoever wrote to the weights unseen by PyTorch."""
+        self._copied.clear()
 
     def master(self, parameter: Tensor) -> Tensor:
         """A parameter in full precision: fp32 of split weights, else the parameter itself, detached."""
@@ -245,6 +287,7 @@ class SAEAdam(torch.optim.Optimizer):
         check_offered("SAEAdam", group)
         beta1, beta2 = group["betas"]
         self.moments(parameter)
+        self._copied.pop(self._number(parameter), None)  # the kernels write unseen by PyTorch, too
         self.state[parameter]["step"] += 1
         t = float(self.state[parameter]["step"])
         # Learning-rate schedulers look for this mark of a step taken before them; `sae_step` does not go through
@@ -343,6 +386,11 @@ class SAEAdam(torch.optim.Optimizer):
         return select("sae_adam", request, requested_backend(backend))
 
 
+def _state_of(parameter: Tensor) -> tuple[int, int]:
+    """Another pair after every change of the tensor that PyTorch counts."""
+    return parameter._version, parameter.data_ptr()
+
+
 def check_offered(op: str, group: dict[str, Any]) -> None:
     """A parameter group has none of the options of torch's optimizers that are not offered here."""
     for name, value in NOT_OFFERED.items():
@@ -389,6 +437,16 @@ def check_compact(op: str, weights: torch.dtype, moment_dtype: Any, split_master
         raise ValueError(
             f"{op}: moment_dtype needs W_enc and W_dec of torch.float32, or split_master=True; got {weights}"
         )
+
+
+def check_copy_dtype(op: str, weights: torch.dtype, copy_dtype: Any) -> None:
+    """Copies are of 16 bits, beside fp32 weights."""
+    if copy_dtype is None:
+        return
+    if copy_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{op}: copy_dtype must be torch.bfloat16, torch.float16 or None; got {copy_dtype!r}")
+    if weights != torch.float32:
+        raise ValueError(f"{op}: copy_dtype needs W_enc and W_dec of torch.float32; got {weights}")
 
 
 def check_sae_parameters(op: str, W_enc: Any, b_enc: Any, W_dec: Any, b_dec: Any) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def sae_step(
         )
     if x.numel() == 0:
         raise ValueError(f"{op}: x must hold at least one token; got shape {tuple(x.shape)}")
-    return _Step(x, parameters, k, dead, k_aux, aux_alpha, grad_scale, backend).run(optimizer)
+    return _Step(x, parameters, k, dead, k_aux, aux_alpha, grad_scale, optimizer, backend).run()
 
 
 class _Step:
@@ -134,15 +134,20 @@ class _Step:
         k_aux: int,
         aux_alpha: float,
         grad_scale: float,
+        optimizer: SAEAdam | None,
         backend: str | None,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.optimizer = parameters, optimizer
         W_enc, b_enc, W_dec, b_dec = (p.detach() for p in parameters)
         self.rows = matmul_dtype(x.device.type, x.dtype, W_enc.dtype)
         self.ct = compute_dtype(self.rows)
         self.heads = W_enc.shape[0] if W_enc.dim() == 3 else None
         self.x = x.detach().reshape(*W_enc.shape[:-2], -1, x.shape[-1]).to(self.rows).contiguous()
-        self.W_enc, self.W_dec = W_enc.to(self.rows).contiguous(), W_dec.to(self.rows).contiguous()
+        self.copies = optimizer is not None and optimizer.copy_dtype == self.rows
+        if self.copies and optimizer is not None:
+            self.W_enc, self.W_dec = (optimizer.copy_of(p) for p in parameters[::2])
+        else:
+            self.W_enc, self.W_dec = W_enc.to(self.rows).contiguous(), W_dec.to(self.rows).contiguous()
         self.b_enc, self.b_dec = b_enc.to(self.ct).contiguous(), b_dec.to(self.ct).contiguous()
         self.k, self.k_aux, self.aux_alpha, self.grad_scale = k, k_aux, aux_alpha, grad_scale
         self.dead = None if dead is None or dead.numel() == 0 or aux_alpha == 0 else dead.to(x.device)
@@ -150,7 +155,8 @@ class _Step:
         self.backend: Any = select("sae_step", request, requested_backend(backend))
 
     @torch.no_grad()
-    def run(self, optimizer: SAEAdam | None) -> SAEStepOutput:
+    def run(self) -> SAEStepOutput:
+        optimizer = self.optimizer
         with without_autocast(self.x.device.type):
             values, indices = self._primitive("topk_encode", self.x, self.W_enc, self.b_enc, self.k, self.b_dec)
             e, squares = self._primitive("decode_residual", self.x, values, indices, self.W_dec, self.b_dec)
@@ -281,10 +287,12 @@ class _Step:
         extra: tuple[Tensor | None, ...] = (None, None, None, None)
         if aux is not None:
             extra = (self.dead, aux.dW_enc, aux.db_enc, aux.dW_dec)
-        compact: tuple[Any, ...] = ()
+        weights = self.parameters[::2]
+        more: tuple[Any, ...] = ()
         if optimizer.compact:
-            weights = self.parameters[::2]
-            compact = (*(optimizer.low(p) for p in weights), tuple(optimizer.salt(p) for p in weights))
+            more = (*(optimizer.low(p) for p in weights), tuple(optimizer.salt(p) for p in weights))
+        if self.copies and self.backend.fuses_copies:
+            more = (*(more or (None, None, None)), self.W_enc, self.W_dec)
         through_encoder = self._primitive(
             "sae_backward_adam",
             e,
@@ -301,6 +309,8 @@ class _Step:
             optimizer.remove_parallel_grad,
             optimizer.unit_norm_decoder,
             *extra,
-            *compact,
+            *more,
         )
+        if self.copies and self.backend.fuses_copies:
+            optimizer.copies_written()
         optimizer.update_vector(self.parameters[3], self._b_dec_gradient(e, through_encoder), step)

@@ -549,6 +549,64 @@ def test_sae_backward_adam_is_backward_then_adam(
         assert torch.equal(actual, again)
 
 
+@pytest.mark.parametrize(
+    ("rows", "extra", "wide"), [("bf16", False, False), ("fp16", True, False), ("bf16", False, True)]
+)
+def test_sae_backward_adam_writes_copies_of_the_weights_it_stores(monkeypatch, rows, extra, wide):
+    """Rounded to nearest, ties to even, NaN as a NaN; nothing else changes."""
+    if wide:
+        monkeypatch.setattr(sae_adam, "_BLOCKS", ((4, 1, 1, 1),))
+    torch.manual_seed(8)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[rows]
+    n, d, n_latents, k = 5, 7, 9, 3
+    values, indices = code(n, n_latents, k, dtype)
+    e, x, b_dec = torch.randn(n, d).to(dtype), torch.randn(n, d).to(dtype), torch.randn(d)
+    weights = [torch.randn(n_latents, d), torch.randn(n_latents), torch.randn(n_latents, d)]
+    weights[0][1, 2] = math.nan
+    moments = [f(*w.shape) for w in weights for f in (torch.randn, torch.rand)]
+    extras = [torch.tensor([n_latents - 1, 2]), torch.randn(2, d), torch.randn(2), torch.randn(2, d)]
+    # A latent without entries and moments of 0 keeps its weights: ties that must go to the even neighbour.
+    still = next(f for f in range(n_latents - 1) if f not in indices and f != 2)
+    tie = torch.tensor([0x3F808000, 0x3F818000, 0x3F818001, 0x3F817FFF], dtype=torch.int32).view(torch.float32)
+    weights[0][still, :4] = tie
+    for moment in (moments[0], moments[1]):
+        moment[still] = 0
+    numbers = (1e-2, 0.9, 0.999, 1e-8, 1 - 0.9**2, 1 - 0.999**2)
+    results = []
+    for copies in ([torch.full((n_latents, d), math.nan, dtype=dtype) for _ in range(2)], [None, None]):
+        W_enc, b_enc, W_dec, *states = (t.clone() for t in (*weights, *moments))
+        through = sae_adam.sae_backward_adam(
+            e, x, values, indices, W_enc, b_enc, W_dec, b_dec, 0.3, *states, *numbers, False, True,
+            *(extras if extra else [None] * 4), None, None, None, *copies, segment=2,
+        )  # fmt: skip
+        results.append([W_enc, b_enc, W_dec, *states, through])
+        if copies[0] is not None:
+            assert torch.equal(W_enc[still, :4], tie)
+            for copy, W in zip(copies, (W_enc, W_dec), strict=True):
+                torch.testing.assert_close(copy, W.to(dtype), rtol=0, atol=0, equal_nan=True)
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_step_with_copies_reads_what_the_last_one_wrote(short_lists):
+    """The fused step, under autocast: no copy is made again, and every bit is that of a step that casts."""
+    torch.manual_seed(9)
+    start = [torch.randn(40, 8), torch.randn(40), torch.randn(40, 8), torch.randn(8)]
+    results = []
+    for copy_dtype in (torch.float16, None):
+        leaves = [t.clone().requires_grad_() for t in start]
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, copy_dtype=copy_dtype)
+        for i in range(2):
+            x = torch.randn(6, 8, generator=torch.Generator().manual_seed(i))
+            with torch.autocast("cpu", dtype=torch.float16):
+                out = rk.sae_step(x, *leaves, 3, optimizer=optimizer, backend="triton")
+            if copy_dtype is not None:
+                assert set(optimizer._copied) == {0, 2}, "known to be of the weights as they are"
+        results.append([out.values, *(leaf.detach() for leaf in leaves)])
+    for mine, cast in zip(*results, strict=True):
+        assert torch.equal(mine, cast)
+
+
 # --- through the public operators -----------------------------------------------------------------------------------
 
 
