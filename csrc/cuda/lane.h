@@ -4,7 +4,9 @@
 #ifdef __CUDACC__
 #define RK_LANE __device__ __forceinline__
 #define RK_UNROLL _Pragma("unroll")
+#define RK_ROLLED _Pragma("unroll 1")
 #else
 #define RK_LANE inline
 #define RK_UNROLL
+#define RK_ROLLED
 #endif

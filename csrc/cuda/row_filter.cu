@@ -1,20 +1,26 @@
-// The row filter of topk_encode: what the chunked encoder does with a chunk of pre-activations that lies in the L2 cache.
+// The row filter of topk_encode: what the chunked encoder does with a chunk of pre-activations.
 //
 //   keys of a row = the k largest of relu(pre + bias) over all chunks so far, and what else the list holds
 //
-// A warp owns a row (row_filter_warp.h): 16-byte loads, the next 256 columns on their way while these are judged, one vote
-// to skip a step without survivors, which after the first columns is nearly all of them. No barrier between warps, no
-// atomics, one order: the same input gives the same bits.
+// A warp owns a row (row_filter_warp.h): 16-byte loads, two steps of 256 columns on their way while one is judged, 64
+// KB of a multiprocessor's 32 warps; pre-activations leave the caches first, the bias stays in L1. An addition, a
+// comparison and no more per column, and one vote to skip a step without survivors. A step with some asks column by
+// column, 32 lanes at a time, and appends by ballot: 28 instructions and 18 a column that appends. No barrier between
+// warps, no atomics, one order: the same input gives the same bits.
 //
-// Bytes: rows * columns * 4 read from L2, the bias from L1, what a chunk appends to a row's list, and the whole list where
-// it is reduced (some three times over all chunks at F 131072). Per 8 columns a lane issues 4 loads and some 50
-// instructions. Prediction for all chunks of N 32768, F 131072, k 64 on an H200: 17.2 GB at 5.5 TB/s
-// of L2, 3.1 ms; 7 instructions a column, 1.0 ms of issue slots.
+// A Gaussian row of F 131072 at k 64, in chunks of 4096: some 200 of its 512 steps have survivors, 365 columns of 32
+// lanes append, 9.5 reductions of 11 bits each; 42 thousand instructions, of which 15 for the 30 of every step. The
+// tests count the events (test_what_a_canonical_row_costs), SASS for sm_90a is where the instructions of each were
+// counted. The kernel before this one had 117 in every step, and 85 more where there were survivors.
+//
+// Prediction for all chunks of N 32768, F 131072, k 64 on an H200: 17.2 GB at 4.2 TB/s, 4.1 ms; 1.5 ms of issue slots
+// (132 x 4 a cycle at 1.75 GHz) beneath them; 4 us of launch and drain in each of 128 chunks, 0.5 ms. So the encoder in
+// 55 to 56 ms, where the product alone takes 50.7.
 //
 // STATUS: compiled for sm_80, sm_90a, sm_100 and sm_120 without spills; the algorithm is run by 32 fibers on the CPU
-// (tests/test_row_filter.py). Measured on an H200, 2026-11-27: the encoder takes 62.5 ms with it, 62.0 with Triton's
-// filter and 50.7 for the product alone, so three times the prediction at least; the latents of 256 rows were those of a
-// stable sort. So the dispatcher uses it on explicit request only. Its value tests have not been run on a GPU.
+// (tests/test_row_filter.py). This form has not been run on a GPU. The one before it was measured on an H200,
+// 2026-11-27: the encoder took 62.5 ms with it, 62.0 with Triton's filter and 50.7 for the product alone; the latents
+// of 256 rows were those of a stable sort. So the dispatcher uses it on explicit request only.
 
 #include "row_filter_warp.h"
 
@@ -45,15 +51,15 @@ struct DeviceWarp {
   static __device__ __forceinline__ int sum(int own) {
     return static_cast<int>(__reduce_add_sync(kAll, static_cast<unsigned>(own)));
   }
-  // The sum over the lanes before this one.
-  static __device__ __forceinline__ int sum_before(int own) {
-    int upto = own;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(kAll, upto, distance);
-      upto += lane() >= distance ? other : 0;
-    }
-    return upto - own;
+  static __device__ __forceinline__ uint32_t max(uint32_t own) {
+    return __reduce_max_sync(kAll, own);
+  }
+  static __device__ __forceinline__ uint32_t min(uint32_t own) {
+    return __reduce_min_sync(kAll, own);
+  }
+  // -1 of 0.
+  static __device__ __forceinline__ int highest_bit(uint32_t bits) {
+    return 31 - __clz(static_cast<int>(bits));
   }
   static __device__ __forceinline__ void sync() {
     __syncwarp(kAll);
@@ -61,10 +67,25 @@ struct DeviceWarp {
   template <int kVector>
   static __device__ __forceinline__ void load(const float* from, float* to) {
     if constexpr (kVector == 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from);
+      const float4 four = __ldg(reinterpret_cast<const float4*>(from));
       to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
     } else {
-      to[0] = *from;
+      to[0] = __ldg(from);
+    }
+  }
+  // Keeps the compiler from computing it again where it is used again, for which it would copy what it is made of.
+  static __device__ __forceinline__ float once(float value) {
+    asm("" : "+f"(value));
+    return value;
+  }
+  // What no one reads again leaves the caches first.
+  template <int kVector>
+  static __device__ __forceinline__ void load_once(const float* from, float* to) {
+    if constexpr (kVector == 4) {
+      const float4 four = __ldcs(reinterpret_cast<const float4*>(from));
+      to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+    } else {
+      to[0] = __ldcs(from);
     }
   }
 };
@@ -72,7 +93,8 @@ struct DeviceWarp {
 template <int kVector>
 __global__ void __launch_bounds__(32 * kFilterWarps, 4) filter_rows(const FilterArgs args) {
   __shared__ uint64_t lists[kFilterWarps][kFilterCapacity];
-  const int warp = static_cast<int>(threadIdx.x / 32);
+  // By a shuffle, so that the compiler knows that all lanes have the same.
+  const int warp = __shfl_sync(DeviceWarp::kAll, static_cast<int>(threadIdx.x / 32), 0);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kFilterWarps + warp;
   if (row < args.rows) {  // the same for all lanes of a warp
     filter_row<DeviceWarp, kVector>(args, row, lists[warp]);

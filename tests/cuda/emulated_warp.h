@@ -22,11 +22,14 @@ struct EmulatedWarp {
   static inline bool finished[kLanes];
   static inline int64_t brought[kLanes];  // what each lane brings to a meeting
   static inline const char* where[kLanes];  // which function it meets in
+  static inline const char* fault;  // what a lane did that a GPU does not allow
+  static inline int64_t anys, ballots, syncs, maxima, sums;  // how often the warp met there; a test sets them to 0
 
   // Runs `work` once in every lane; `reversed`: lane 31 first between two meetings.
   static void run(const std::function<void()>& work, bool reversed) {
     stacks.resize(kLanes * kStack);
     body = &work;
+    fault = nullptr;
     for (int i = 0; i < kLanes; ++i) {
       finished[i] = false;
       getcontext(&lanes[i]);
@@ -51,6 +54,9 @@ struct EmulatedWarp {
         if (std::strcmp(where[i], where[0]) != 0) {
           throw std::runtime_error("lanes met in different functions");
         }
+      }
+      if (fault != nullptr) {
+        throw std::runtime_error(fault);
       }
       going = done == 0;
     }
@@ -81,6 +87,7 @@ struct EmulatedWarp {
     return current;
   }
   static bool any(bool condition) {
+    anys += lane() == 0;
     return together("any", condition, [] {
       bool found = false;
       for (int64_t one : brought) found = found || one != 0;
@@ -88,6 +95,7 @@ struct EmulatedWarp {
     });
   }
   static uint32_t ballot(bool condition) {
+    ballots += lane() == 0;
     return together("ballot", condition, [] {
       uint32_t bits = 0;
       for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(brought[i] != 0) << i;
@@ -101,24 +109,45 @@ struct EmulatedWarp {
     return __builtin_popcount(bits & ((1u << lane()) - 1));
   }
   static int sum(int own) {
+    sums += lane() == 0;
     return together("sum", own, [] {
       int64_t total = 0;
       for (int64_t one : brought) total += one;
       return static_cast<int>(total);
     });
   }
-  static int sum_before(int own) {
-    return together("sum_before", own, [] {
-      int64_t total = 0;
-      for (int i = 0; i < current; ++i) total += brought[i];
-      return static_cast<int>(total);
+  static uint32_t max(uint32_t own) {
+    maxima += lane() == 0;
+    return together("max", own, [] {
+      int64_t most = brought[0];
+      for (int64_t one : brought) most = one > most ? one : most;
+      return static_cast<uint32_t>(most);
     });
   }
+  static uint32_t min(uint32_t own) {
+    return together("min", own, [] {
+      int64_t least = brought[0];
+      for (int64_t one : brought) least = one < least ? one : least;
+      return static_cast<uint32_t>(least);
+    });
+  }
+  static int highest_bit(uint32_t bits) {
+    return bits == 0 ? -1 : 31 - __builtin_clz(bits);
+  }
   static void sync() {
+    syncs += lane() == 0;
     meet("sync");
   }
   template <int kVector>
   static void load(const float* from, float* to) {
+    if (reinterpret_cast<uintptr_t>(from) % (kVector * sizeof(float)) != 0) fault = "a load is not aligned";
     std::memcpy(to, from, kVector * sizeof(float));
+  }
+  static float once(float value) {
+    return value;
+  }
+  template <int kVector>
+  static void load_once(const float* from, float* to) {
+    load<kVector>(from, to);
   }
 };
