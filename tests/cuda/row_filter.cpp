@@ -13,8 +13,10 @@ extern "C" const char* filter_chunk(
   try {
     for (int64_t row = 0; row < rows; ++row) {
       // Shared memory holds anything at the start of a block.
-      uint64_t list[rk::cuda::kFilterCapacity];
-      for (uint64_t& key : list) key = 0x7fffffffffffffffu;
+      constexpr int kBehind = 300;  // what lies there belongs to other warps
+      constexpr uint64_t kAnything = 0x7fffffffffffffffu;
+      uint64_t list[rk::cuda::kFilterCapacity + kBehind];
+      for (uint64_t& key : list) key = kAnything;
       EmulatedWarp::run(
           [&] {
             if (vector != 0) {
@@ -24,12 +26,24 @@ extern "C" const char* filter_chunk(
             }
           },
           reversed != 0);
+      for (int i = 0; i < kBehind; ++i) {
+        if (list[rk::cuda::kFilterCapacity + i] != kAnything) return "a list has overflowed";
+      }
     }
   } catch (const std::exception& error) {
     std::strncpy(message, error.what(), sizeof message - 1);
     return message;
   }
   return nullptr;
+}
+
+// How often the warps have met in any, ballot, sync, max and sum since the last call.
+extern "C" void meetings(int64_t* five) {
+  using Warp = EmulatedWarp;
+  for (int64_t* count : {&Warp::anys, &Warp::ballots, &Warp::syncs, &Warp::maxima, &Warp::sums}) {
+    *five++ = *count;
+    *count = 0;
+  }
 }
 
 extern "C" int32_t capacity() {
