@@ -6,8 +6,9 @@ twice as long (half the steps, longer reductions), and CUDA's. Chunks: rows x la
 
 Prediction for an H200 at the canonical shape: the product 49.8 ms, Triton's filter 16 ms whatever the chunk, half of it
 with the longer step, CUDA's 3 to 6 ms, 4 us of launch and drain per chunk. Measured 2026-11-27: all of them within 62
-to 71 ms, the two kernels nearly alike, the longer step no gain, larger chunks up to 128 MB 2 ms. Compared first: the
-share of latents that a variant has in common with the shipped encoder.
+to 71 ms, the two kernels nearly alike, the longer step no gain, larger chunks up to 128 MB 2 ms. The CUDA filter is
+another since (row_filter.cu has its prediction) and not yet measured. Compared first: the share of latents that a
+variant has in common with the shipped encoder.
 """
 
 from __future__ import annotations
