@@ -47,6 +47,8 @@ class Backend:
     fuses_mixed_precision: bool = False
     # Whether it takes bf16 moments and master weights in halves, by low_W_enc, low_W_dec and salts behind the others.
     fuses_compact_state: bool = False
+    # Whether sae_backward takes `accumulate=False`: what stands in the buffers is then overwritten, not added to.
+    overwrites_gradients: bool = False
     # Whether it writes 16-bit copies of fp32 weights in its pass, by copy_W_enc and copy_W_dec behind those.
     fuses_copies: bool = False
 

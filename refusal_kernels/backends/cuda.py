@@ -89,6 +89,7 @@ class CudaBackend(Backend):
     fuses_mixed_precision = True
     fuses_compact_state = True
     fuses_copies = True
+    overwrites_gradients = True
 
     topk_encode_backward = _of_triton("topk_encode_backward")
     decode_residual = _of_triton("decode_residual")

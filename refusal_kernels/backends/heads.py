@@ -14,7 +14,7 @@ from torch import Tensor
 from .base import Backend
 
 
-def run(chosen: Backend, name: str, n_heads: int | None, *arguments: Any) -> Any:
+def run(chosen: Backend, name: str, n_heads: int | None, *arguments: Any, **options: Any) -> Any:
     """`chosen`'s primitive on `arguments`; with `n_heads` all tensors with dimensions have the head axis in front.
 
     Equivalent to, with heads: the results of the primitive on each head's tensors, stacked; what it writes in place,
@@ -22,8 +22,8 @@ def run(chosen: Backend, name: str, n_heads: int | None, *arguments: Any) -> Any
     """
     primitive = getattr(chosen, name)
     if n_heads is None or name in chosen.takes_heads:
-        return primitive(*arguments)
-    results = [primitive(*(_of_head(argument, head) for argument in arguments)) for head in range(n_heads)]
+        return primitive(*arguments, **options)
+    results = [primitive(*(_of_head(argument, head) for argument in arguments), **options) for head in range(n_heads)]
     if not isinstance(results[0], tuple):
         return _stack(results)
     return tuple(_stack(list(parts)) for parts in zip(*results, strict=True))

@@ -63,6 +63,7 @@ class TritonBackend(Backend):
     fuses_mixed_precision = True
     fuses_compact_state = True
     fuses_copies = True
+    overwrites_gradients = True
     takes_heads = frozenset(_MODULES) - {"project_out", "project_out_grouped"}
 
     def unavailable_reason(self) -> str | None:

@@ -261,9 +261,10 @@ class SAEAdam(torch.optim.Optimizer):
             if "low" not in self._form(parameter):
                 state.pop("low", None)
 
-    def gradient_buffers(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Zeroed tensors of the shapes of W_enc and W_dec, the same ones at every step: fresh ones would be paid for in
-        page faults. Only a step that has to see the whole gradient before it moves (clipping) asks for them."""
+    def gradient_buffers(self, dtype: torch.dtype, zero: bool = True) -> tuple[Tensor, Tensor]:
+        """Tensors of the shapes of W_enc and W_dec, zeroed or as they are, the same ones at every step: fresh ones are
+        paid for in page faults. Only a step that has to see the whole gradient before it moves (clipping) asks for
+        them."""
         W_enc, _, W_dec, _ = self.parameters
         buffers = self._gradient_buffers
         if buffers is None or buffers[0].dtype != dtype or buffers[0].device != W_enc.device:
@@ -272,7 +273,8 @@ class SAEAdam(torch.optim.Optimizer):
                 torch.empty(W_enc.shape, **options),
                 torch.empty(W_dec.shape, **options),
             )
-        torch._foreach_zero_(buffers)
+        if zero:
+            torch._foreach_zero_(buffers)
         return buffers
 
     @property

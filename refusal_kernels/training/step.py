@@ -167,15 +167,16 @@ class _Step:
             elif self._can_fuse(optimizer):
                 self._fused_step(optimizer, e, values, indices, aux)
             else:
-                dW_enc, dW_dec = optimizer.gradient_buffers(self.ct)
-                db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec)
+                over = self.backend.overwrites_gradients
+                dW_enc, dW_dec = optimizer.gradient_buffers(self.ct, zero=not over)
+                db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec, over)
                 gradients = dict(zip(self.parameters, (dW_enc, db_enc, dW_dec, db_dec), strict=True))
                 free = [gradients[p] if p.requires_grad else None for p in self.parameters]
                 optimizer.apply_gradients(free[0], free[1], free[2], free[3], backend=self.backend.name)
         return output
 
-    def _primitive(self, name: str, *arguments: Any) -> Any:
-        return run(self.backend, name, self.heads, *arguments)
+    def _primitive(self, name: str, *arguments: Any, **options: Any) -> Any:
+        return run(self.backend, name, self.heads, *arguments, **options)
 
     @property
     def _scale(self) -> float:
@@ -217,12 +218,22 @@ class _Step:
         return torch.stack([(part - mean).square_().flatten(-2).sum(-1) for part in parts]).sum(0)
 
     def _add_gradients(
-        self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None, dW_enc: Tensor, dW_dec: Tensor
+        self,
+        e: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        aux: AuxGradients | None,
+        dW_enc: Tensor,
+        dW_dec: Tensor,
+        over: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Adds the weights' gradients to dW_enc and dW_dec; returns (db_enc, db_dec). AuxK included."""
+        """Adds the weights' gradients to dW_enc and dW_dec, or with `over` puts them in the place of what is there;
+        returns (db_enc, db_dec). AuxK included."""
         db_enc = torch.zeros_like(self.b_enc)
+        options = {"accumulate": False} if over else {}
         weights = (self.W_enc, self.W_dec, self.b_dec)
-        self._primitive("sae_backward", e, self.x, values, indices, *weights, self._scale, dW_enc, db_enc, dW_dec)
+        buffers = (dW_enc, db_enc, dW_dec)
+        self._primitive("sae_backward", e, self.x, values, indices, *weights, self._scale, *buffers, **options)
         if aux is not None and self.dead is not None:
             # Distinct rows, so index_add_ has one owner per row and stays deterministic; padding adds zeros.
             if self.heads is None:
@@ -242,8 +253,15 @@ class _Step:
         return self._scale * e.sum(-2, dtype=self.ct) - through_encoder
 
     def _accumulate(self, e: Tensor, values: Tensor, indices: Tensor, aux: AuxGradients | None) -> None:
-        dW_enc, dW_dec = self._buffer(self.parameters[0]), self._buffer(self.parameters[2])
-        db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec)
+        dW_enc, dW_dec = (self._own_gradient(weight) for weight in self.parameters[::2])
+        # Zeros are written and read for nothing where the kernel can overwrite, which it does to both or to neither.
+        over = dW_enc is None and dW_dec is None and self.backend.overwrites_gradients
+        make = torch.empty_like if over else torch.zeros_like
+        W_enc, W_dec = (weight.detach() for weight in self.parameters[::2])
+        contiguous: Any = {"dtype": self.ct, "memory_format": torch.contiguous_format}
+        dW_enc = make(W_enc, **contiguous) if dW_enc is None else dW_enc
+        dW_dec = make(W_dec, **contiguous) if dW_dec is None else dW_dec
+        db_enc, db_dec = self._add_gradients(e, values, indices, aux, dW_enc, dW_dec, over)
         for parameter, gradient in zip(self.parameters, (dW_enc, db_enc, dW_dec, db_dec), strict=True):
             if not parameter.requires_grad or parameter.grad is gradient:
                 continue
@@ -252,8 +270,8 @@ class _Step:
             else:
                 parameter.grad += gradient
 
-    def _buffer(self, weight: Tensor) -> Tensor:
-        """Where a weight's gradient is added up: its .grad where the kernels can write there, or zeros."""
+    def _own_gradient(self, weight: Tensor) -> Tensor | None:
+        """Its .grad, where the kernels can add a weight's gradient to it."""
         if (
             (grad := weight.grad) is not None
             and weight.requires_grad
@@ -262,7 +280,7 @@ class _Step:
             and not grad.is_neg()
         ):
             return grad
-        return torch.zeros(weight.shape, dtype=self.ct, device=weight.device)
+        return None
 
     def _can_fuse(self, optimizer: SAEAdam) -> bool:
         """Clipping needs the norm of the whole gradient first; the kernel moves all parameters, frozen or not, with one

@@ -588,6 +588,29 @@ def test_sae_backward_adam_writes_copies_of_the_weights_it_stores(monkeypatch, r
         torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
 
 
+def test_gradients_that_are_written_anew_are_not_zeroed_before(short_lists, monkeypatch):
+    """A clipped step overwrites its buffers, and a backward without .grad makes new ones that nobody fills."""
+    monkeypatch.setattr(torch, "_foreach_zero_", None)
+    torch.manual_seed(10)
+    start = [torch.randn(40, 8), torch.randn(40), torch.randn(40, 8), torch.randn(8)]
+    leaves = [t.clone().requires_grad_() for t in start]
+    optimizer = rk.SAEAdam(*leaves, lr=0.01, max_grad_norm=0.5)
+    x = torch.randn(6, 8)
+    for _ in range(2):
+        rk.sae_step(x, *leaves, 3, optimizer=optimizer, backend="triton")
+    assert all(leaf.isfinite().all() for leaf in leaves)
+    with monkeypatch.context() as counted:
+        zeros_like = torch.zeros_like
+
+        def no_matrix(t, **options):
+            assert t.dim() < 2, "a matrix was filled with zeros"
+            return zeros_like(t, **options)
+
+        counted.setattr(torch, "zeros_like", no_matrix)
+        rk.sae_step(x, *leaves, 3, backend="triton")
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
 def test_a_step_with_copies_reads_what_the_last_one_wrote(short_lists):
     """The fused step, under autocast: no copy is made again, and every bit is that of a step that casts."""
     torch.manual_seed(9)
