@@ -216,6 +216,7 @@ RK_LANE void ask_for_state(const AdamArgs& a, int latent) {
       return;
     }
     const char* const row = static_cast<const char*>(rows) + latent * d * size;
+    RK_ROLLED
     for (int64_t line = Team::rank() * kLine; line < d * size; line += Team::kThreads * kLine) {
       Team::prefetch(row + line);
     }
