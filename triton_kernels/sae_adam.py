@@ -21,6 +21,9 @@ Bytes: N k 2 d times the element size gathered + 24 per weight (w, m, v of two m
 48. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16 activations, H200): 7 ms of gathers + 6.5 ms of Adam.
 Measured: 25 ms (step less encode and decode); one program of 16 warps fills a multiprocessor, so that its reductions
 and dependent loads are not hidden by another's. Rows wider than 4096 go through gradient buffers and adam_rows.
+
+Copies: with fp32 weights beside 16-bit activations the 16-bit copies that the next forward pass reads may be written in
+this pass, 2 bytes a weight, where two casts would read 4 and write 2; they are not read here. Not yet run on a GPU.
 """
 
 from __future__ import annotations
