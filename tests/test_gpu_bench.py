@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
 from benches import kernels, status, torch_paths  # noqa: E402
-from benches.gpu import model, peers, sae, stages, table, values  # noqa: E402
+from benches.gpu import model, peers, profile, sae, stages, table, values  # noqa: E402
 from benches.gpu.__main__ import keep_result  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
@@ -261,6 +261,95 @@ def test_the_block_shows_heads_and_the_language_model() -> None:
     assert "| projection | 0.5 | 0.31 % of the step |" in shown
     assert "lost" not in shown
     assert table.beside_the_shapes({"stages": {}}) == []
+
+
+PROFILE = [
+    {"shape": "2x3x4x1", "column": "ours", "name": "step", "ms": 90.0, "busy_ms": 80.0},
+    {"shape": "2x3x4x1", "column": "ours", "name": "_decode_kernel", "ms": 79.5, "launches": 2.0, "percent": 99.4},
+    {"shape": "2x3x4x1", "column": "ours", "name": "rest", "ms": 0.5, "launches": 7.0, "percent": 0.6},
+    {"shape": "2x3x4x1", "column": "compact", "name": "step", "ms": 60.0, "busy_ms": 50.0},
+    {"shape": "2x3x4x1", "column": "compact", "name": "_step_kernel", "ms": 50.0, "launches": 1.0, "percent": 100.0},
+    {"shape": "2x3x4x1", "column": "cuda", "name": "step", "error": "no device"},
+]
+
+
+def test_the_tables_show_where_a_step_spends_its_time() -> None:
+    result: dict[str, Any] = {
+        "machine": {"gpu": "A GPU"}, "versions": {"torch": "2", "python": "3"}, "commit": "c", "date": "2026-01-02T",
+        "stages": {"profile 2,3,4,1": {"status": "ok", "result": PROFILE}},
+    }  # fmt: skip
+    assert table.profiles(result) == [
+        "",
+        "| a step's kernels, 2x3x4x1: ms / launches | ours | compact |",
+        "|---|---:|---:|",
+        "| `_decode_kernel` | 79.5 / 2 | – |",
+        "| `_step_kernel` | – | 50 / 1 |",
+        "| each below 1 % | 0.5 / 7 | – |",
+        "| all kernels, ms | 80 | 50 |",
+        "| the step, ms | 90 | 60 |",
+    ]
+    assert "\n".join(table.profiles(result)) in table.block(result)
+    printed = table.table(result)
+    assert re.search(r"ours: step +90\.000 ms +80\.000 ms in kernels", printed)
+    assert re.search(r"ours: _decode_kernel +79\.500 ms +2 launches +99\.4 %", printed)
+    assert re.search(r"cuda: step +no device", printed)
+    result["stages"] = {"heads": {"status": "ok", "result": []}, "profile heads": {"status": "no", "result": None}}
+    assert table.profiles(result) == []
+
+
+def test_kernels_below_one_percent_are_one_row() -> None:
+    found = {"a": (97.5, 2.0), "b": (0.9, 3.0), "c": (0.6, 4.0), "d": (1.0, 1.0)}
+    step, *kernels, rest = profile.rows(found, 110.0)
+    assert step == {"name": "step", "ms": 110.0, "busy_ms": pytest.approx(100)}
+    assert [(row["name"], row["launches"]) for row in kernels] == [("a", 2), ("d", 1)]
+    assert rest == {"name": "rest", "ms": 1.5, "launches": 7, "percent": pytest.approx(1.5)}
+    assert profile.rows({"a": (1.0, 1.0)}, 1.0)[-1]["name"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("_filter_kernel", "_filter_kernel"),
+        ("Memcpy DtoD (Device -> Device)", "Memcpy DtoD (Device -> Device)"),
+        (
+            "void (anonymous namespace)::latent_gradients<__nv_bfloat16, 8>(float const*, int)",
+            "latent_gradients<__nv_bfloat16, 8>",
+        ),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, "
+            "std::array<char*, 1ul> >(int, at::native::FillFunctor<float>, std::array<char*, 1ul>)",
+            "vectorized_elementwise_kernel<4, FillFunctor<float>, array<char*, 1ul> >",
+        ),
+        (
+            "sm90_xmma_gemm_bf16f32_bf16f32_f32_tn_n_tilesize128x256x64_warpgroupsize2x1x1_execute_segment_k_off_"
+            "kernel__5x_cublas",
+            "sm90_xmma_gemm_bf16f32_bf16f32_f32_tn_n_tilesize128x256x64_warpgroupsize2x1x1_e…",
+        ),
+    ],
+)
+def test_kernel_names_are_short_and_still_tell_kernels_apart(name: str, shown: str) -> None:
+    assert profile.short(name) == shown
+    assert len(shown) <= profile.LONGEST_NAME
+
+
+@no_gpu
+@pytest.mark.parametrize("heads", ["0", "2"])
+def test_the_profile_runs_in_the_interpreter(heads: str) -> None:
+    command = [sys.executable, "-m", "benches.gpu.profile", "--device", "cpu", "--shape", "2,16,32,2", "--rounds", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    columns = ["--heads", heads, "--columns", "ours cuda"]
+    run = subprocess.run([*command, *columns], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    found = stages.json_lines(run.stdout)
+    assert {row["shape"] for row in found} == {"2x16x32x2" if heads == "0" else "2 x 2x16x32x2"}
+    step, *kernels = [row for row in found if row["column"] == "ours"]
+    assert step["name"] == "step"
+    assert step["ms"] > 0
+    assert sum(row["ms"] for row in kernels) == pytest.approx(step["busy_ms"])
+    assert sum(row["percent"] for row in kernels) == pytest.approx(100)
+    assert [row["name"] for row in kernels] == list(dict.fromkeys(row["name"] for row in kernels))
+    [refused] = [row for row in found if row["column"] == "cuda"]  # a column that cannot run costs no other
+    assert "cannot run" in refused["error"]
 
 
 def test_the_committed_kernel_table_has_every_configuration() -> None:

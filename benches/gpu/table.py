@@ -55,6 +55,7 @@ def expectation(result: dict[str, Any], stage: str, entry: dict[str, Any]) -> st
 def row(entry: dict[str, Any]) -> str:
     """One measurement: name, milliseconds, rate, memory, agreement, or the error."""
     name = entry.get("name", "") + (f", r = {entry['r']}" if "r" in entry else "")
+    name = f"{entry['column']}: {name}" if "column" in entry else name
     if "error" in entry and "ms" not in entry:
         return f"{name:44} {entry['error']}"
     text = f"{name:44}"
@@ -64,6 +65,10 @@ def row(entry: dict[str, Any]) -> str:
         text += f" {entry['extra_mb']:9.0f} MB"
     if "rate" in entry:
         text += f" {entry['rate']:8.1f} {entry['unit']}"
+    if "launches" in entry:
+        text += f" {entry['launches']:8.0f} launches {entry['percent']:5.1f} %"
+    if "busy_ms" in entry:
+        text += f" {entry['busy_ms']:10.3f} ms in kernels"
     for key in ("same_latents", "value_error", "first_loss", "percent_of_step"):
         if entry.get(key) is not None:
             text += f"  {key} {entry[key]:.6g}"
@@ -90,6 +95,7 @@ def block(result: dict[str, Any]) -> str:
     lines += steps_and_encoders(result)
     lines += against_roofline(result)
     lines += beside_the_shapes(result)
+    lines += profiles(result)
     rows = (result["stages"].get("projection") or {}).get("result") or []
     titles = {"loop": "loop", "addmm": "`addmm_` loop", "ours": "ours", "ours, graph": "ours, CUDA graph"}
     added = {"ours, cuda": "CUDA C++", "ours, cuda, graph": "CUDA C++, CUDA graph"}  # older runs have none
@@ -162,6 +168,33 @@ def beside_the_shapes(result: dict[str, Any]) -> list[str]:
             if entry.get("percent_of_step") is not None:
                 rate = f"{entry['percent_of_step']:.2f} % of the step"
             lines.append(f"| {entry['name']} | {entry['ms']:.3g} | {rate} |")
+    return lines
+
+
+def profiles(result: dict[str, Any]) -> list[str]:
+    """Of every profile a table, a row per kernel: milliseconds and launches per step in each column."""
+    lines: list[str] = []
+    for stage, found in result["stages"].items():
+        rows = [row for row in found["result"] or [] if "ms" in row] if stage.startswith("profile") else []
+        if not rows:
+            continue
+        columns = list(dict.fromkeys(row["column"] for row in rows))
+        cells = {(row["name"], row["column"]): row for row in rows}
+        kernels = [row for row in rows if row["name"] not in ("step", "rest")]
+        names = list(dict.fromkeys(row["name"] for row in sorted(kernels, key=lambda row: -row["ms"])))
+
+        def cell(name: str, column: str, cells: dict[tuple[str, str], dict[str, Any]] = cells) -> str:
+            row = cells.get((name, column))
+            return "–" if row is None else f"{row['ms']:.3g} / {row['launches']:.0f}"
+
+        def total(key: str, cells: dict[tuple[str, str], dict[str, Any]] = cells, columns: Any = columns) -> str:
+            return " | ".join(f"{cells['step', c][key]:.3g}" if ("step", c) in cells else "–" for c in columns)
+
+        where = f"a step's kernels, {rows[0]['shape']}: ms / launches"
+        lines += ["", f"| {where} | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+        lines += [f"| `{name}` | " + " | ".join(cell(name, c) for c in columns) + " |" for name in names]
+        lines.append("| each below 1 % | " + " | ".join(cell("rest", c) for c in columns) + " |")
+        lines += [f"| all kernels, ms | {total('busy_ms')} |", f"| the step, ms | {total('ms')} |"]
     return lines
 
 
