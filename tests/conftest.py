@@ -110,9 +110,6 @@ def compiled(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return request.config.stash[AHEAD].result()
 
 
-LAST = ("cuda", "triton-int8", "8_bit")  # in the names of tests, the boldest last
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="i/n", help="every n-th of the tests, from the i-th (from 0) on")
     parser.addoption("--thin", action="store_true", help="of a test and back-end, every value of every parameter once")
@@ -146,8 +143,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))
-        # After an illegal access every later test of the process fails: what has run on a GPU before comes first.
-        items.sort(key=lambda item: max((i for i, name in enumerate(LAST) if name in item.nodeid), default=-1))
+        # First what compiles longest: a kernel of the encoder of many heads takes half a minute.
+        items.sort(key=lambda item: "heads" not in item.nodeid)
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
         items[:] = items[first::step]
     if torch.cuda.is_available():

@@ -44,27 +44,75 @@ def test_make_gpu_asks_for_the_device_before_it_builds_anything(tmp_path: Path) 
     assert not (tmp_path / "venv").exists()
 
 
-def test_parts_hold_every_test_once() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "sanitizer", values.FILES[0]]
-    options = ([], ["--part", "0/2"], ["--part", "1/2"])
-    pipe = subprocess.PIPE
-    running = [subprocess.Popen([*command, *more], cwd=ROOT, stdout=pipe, text=True) for more in options]
-    said = [process.communicate()[0].splitlines() for process in running]
-    everything, *parts = ([line for line in lines if "::" in line] for lines in said)
-    assert len(everything) > 2
-    assert sorted(test for part in parts for test in part) == sorted(everything)
-    assert abs(len(parts[0]) - len(parts[1])) <= 1, "parts of one length, whatever -m leaves"
+def collected(*runs: list[str]) -> list[list[str]]:
+    """The tests that pytest finds with each list of options."""
+    command, pipe = [sys.executable, "-m", "pytest", "-q", "--collect-only"], subprocess.PIPE
+    running = [subprocess.Popen([*command, *options], cwd=ROOT, stdout=pipe, text=True) for options in runs]
+    return [[line for line in each.communicate()[0].splitlines() if "::" in line] for each in running]
+
+
+def test_kinds_and_parts_hold_every_test_once() -> None:
+    """Of one kind each, so that an illegal access costs no other kind; of one length, whatever -m and -k leave."""
+    everything, *by_kind = collected(
+        ["-m", "gpu", *values.FILES],
+        *(["-m", "gpu", *values.FILES, "-k", chosen] for chosen, _ in values.KINDS.values()),
+    )
+    assert sorted(test for kind in by_kind for test in kind) == sorted(everything)
+    bold = re.compile("cuda|int8|8_bit")
+    for kind, tests in zip(values.KINDS, by_kind, strict=True):
+        assert tests
+        found = {word for test in tests for word in bold.findall(test) or ["triton"]}
+        assert found - {"8_bit"} == {kind}
+    chosen = ["-m", "gpu and sanitizer", "-k", values.KINDS["cuda"][0], values.FILES[0]]
+    whole, *parts = collected(chosen, [*chosen, "--part", "0/2"], [*chosen, "--part", "1/2"])
+    assert len(whole) > 2
+    assert sorted(test for part in parts for test in part) == sorted(whole)
+    assert abs(len(parts[0]) - len(parts[1])) <= 1
+
+
+def test_every_kind_has_its_processes_at_once() -> None:
+    assert len(values.parts(16)) == sum(count for _, count in values.KINDS.values()) > 16
+    assert values.parts(16)[:2] == [("int8", "0/7"), ("int8", "1/7")]
+    assert values.parts(1) == [(kind, "0/1") for kind in values.KINDS]
+    assert values.parts(64) == values.parts(16)
+
+
+def test_a_part_begins_with_what_compiles_longest() -> None:
+    [names] = collected(["-m", "gpu", "--part", "0/1", values.FILES[0]])
+    heads = ["heads" in name for name in names]
+    assert set(heads) == {True, False}
+    assert heads == sorted(heads, reverse=True)
 
 
 def test_a_part_runs_and_says_how_every_test_ended(capfd: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, str] = {}
-    status, rest = values.run(1, 3, "sanitizer and not gpu", seen)
+    status, rest = values.run("triton", "1/3", "sanitizer and not gpu", seen)
     assert status == 0
     assert seen
     assert set(seen.values()) == {"PASSED"}
     assert f"{len(seen)} passed" in rest
     said = capfd.readouterr().out
     assert stages.counts(said) == {"passed": len(seen), "failed": 0, "skipped": 0, "error": 0, "names": []}
+
+
+def test_processes_side_by_side_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, str]] = []
+
+    class Ended:
+        stdout, returncode = ["tests/a.py::b PASSED\n"], 0
+
+        def __init__(self, command: list[str], env: dict[str, str], **more: Any) -> None:
+            given.append(env)
+
+        def __enter__(self) -> Ended:
+            return self
+
+        def __exit__(self, *why: Any) -> None: ...
+
+    monkeypatch.setattr(values.subprocess, "Popen", Ended)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert values.run("cuda", "0/1", "gpu", {}) == (0, "")
+    assert [environment["OMP_NUM_THREADS"] for environment in given] == ["1"]
 
 
 def test_counts_of_a_whole_and_of_a_cut_log() -> None:
@@ -117,16 +165,6 @@ def test_every_column_is_measured_and_its_memory_is_known() -> None:
     assert model.least_step_bytes("dense", first[0]) == 18 * 2 * 2**29 + 4 * 2**32
     weights = 2 * 4096 * 2**20
     assert [model.least_step_bytes(column, largest[0]) for column in largest[1][1:]] == [8 * weights, 14 * weights]
-
-
-def test_parts_of_a_test_run_begin_with_what_has_run_before() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "--part", "1/3"]
-    run = subprocess.run([*command, values.FILES[0]], cwd=ROOT, capture_output=True, text=True)
-    names = [line for line in run.stdout.splitlines() if "::" in line]
-    int8 = re.compile("triton-int8|8_bit")
-    kinds = ["int8" if int8.search(name) else "cuda" if "cuda" in name else "triton" for name in names]
-    assert set(kinds) == {"triton", "cuda", "int8"}
-    assert kinds == sorted(kinds, key=["triton", "cuda", "int8"].index)
 
 
 def test_a_run_in_two_calls_is_one_result(tmp_path: Path) -> None:

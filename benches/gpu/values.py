@@ -1,9 +1,16 @@
 """`python -m benches.gpu.values`: the tests marked gpu, spread over processes; of each test and back-end as many as
 show every value of every parameter (`--thin`; `pytest -m gpu` runs all).
 
-Most of their time goes into compiling Triton kernels on the host, one core a process; the kernels are small, so that
-processes share the device without harm. Prints a line per test as it ends, what failed, and pytest's counts last: a run
-that is cut off has said what it came to. Exit status 1 when a test failed.
+Their time is the host's. Triton's kernels are compiled in the process of the test that launches them first, 3 minutes
+of one core for those of the back-end triton and nearly as many for the 8-bit screen's, so there are somewhat more
+processes than cores. PyTorch has one thread in each: with one per core the fp64 references of 14 processes wait for
+each other at every barrier (four times the seconds per test where that was tried).
+
+Each process has tests of one kind: what has not been proven on a GPU begins at once, and after an illegal access, which
+fails every later test of its process, the other kinds still say what they have to.
+
+Prints a line per test as it ends, what failed, and pytest's counts last: a run that is cut off has said what it came
+to. Exit status 1 when a test failed.
 """
 
 from __future__ import annotations
@@ -11,25 +18,33 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from ..machine import ROOT
 
 FILES = ("tests/test_gpu.py", "tests/test_cuda_compile.py", "tests/test_cuda_backward.py", "tests/test_benches.py")
-MOST = 16  # each holds a CUDA context, some 500 MB
+# Kind -> (what pytest's -k selects, processes on 16 cores). Each process holds a CUDA context, some 500 MB.
+KINDS = {
+    "int8": ("int8 or 8_bit", 7),
+    "cuda": ("cuda and not int8 and not 8_bit", 5),
+    "triton": ("not cuda and not int8 and not 8_bit", 8),
+}
 NO_TESTS = 5  # pytest's exit status of an empty part
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "SKIPPED": "skipped"}
 
 
-def run(part: int, parts: int, expression: str, seen: dict[str, str]) -> tuple[int, str]:
+def run(kind: str, part: str, expression: str, seen: dict[str, str]) -> tuple[int, str]:
     """One process: (exit status, everything after the tests' own lines). `seen` takes test -> outcome."""
     command = [
         *(sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no"),
-        *("-m", expression, "--thin", "--part", f"{part}/{parts}", *FILES),
+        *("-m", expression, "-k", KINDS[kind][0], "--thin", "--part", part, *FILES),
     ]
     rest: list[str] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             words = line.split()
@@ -41,19 +56,17 @@ def run(part: int, parts: int, expression: str, seen: dict[str, str]) -> tuple[i
     return process.returncode, "".join(rest)
 
 
+def parts(cores: int) -> list[tuple[str, str]]:
+    """(kind, i/n) of every process."""
+    counts = {kind: max(1, most * min(cores, 16) // 16) for kind, (_, most) in KINDS.items()}
+    return [(kind, f"{i}/{count}") for kind, count in counts.items() for i in range(count)]
+
+
 def main(expression: str = "gpu") -> int:
-    parts = max(1, min(MOST, (os.cpu_count() or 1) - 2))  # the check and the sanitizers run beside
     began, seen = time.monotonic(), dict[str, str]()
-    ended: list[tuple[int, str]] = [(1, "")] * parts
-
-    def one(part: int) -> None:
-        ended[part] = run(part, parts, expression, seen)
-
-    threads = [threading.Thread(target=one, args=(part,)) for part in range(parts)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    processes = parts(os.cpu_count() or 1)
+    with ThreadPoolExecutor(len(processes)) as pool:
+        ended = list(pool.map(lambda process: run(*process, expression, seen), processes))
     failed = [rest for status, rest in ended if status not in (0, NO_TESTS)]
     print("\n".join(failed))
     totals = {name: sum(outcome == word for outcome in seen.values()) for word, name in OUTCOMES.items()}
