@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
 from benches import kernels, status, torch_paths  # noqa: E402
+from benches.gpu import __main__ as gpu  # noqa: E402
 from benches.gpu import model, peers, profile, sae, stages, table, values  # noqa: E402
 from benches.gpu.__main__ import keep_result  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
+
+CANONICAL = Shape(32768, 4096, 131072, 64)
+CANONICAL_TEXT = ",".join(map(str, CANONICAL))
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -113,6 +122,9 @@ def test_processes_side_by_side_have_one_thread_each(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert values.run("cuda", "0/1", "gpu", {}) == (0, "")
     assert [environment["OMP_NUM_THREADS"] for environment in given] == ["1"]
+    monkeypatch.setattr(stages, "architecture", lambda: "9.0a")
+    beside = [stage for stage in stages.stages(quick=False) if stage.slot and stage.name != "build"]
+    assert {stage.environment.get("OMP_NUM_THREADS") for stage in beside} == {"1"}
 
 
 def test_counts_of_a_whole_and_of_a_cut_log() -> None:
@@ -143,9 +155,10 @@ def test_no_stage_takes_the_time_of_a_later_one(monkeypatch: pytest.MonkeyPatch)
     everything = stages.stages(quick=False)
     by_time = stages.groups(everything)
     assert [stage for group in by_time for stage in group] == everything
-    assert [[s.name for s in group] for group in by_time if len(group) > 1] == [
-        ["check", "values", "memcheck", "racecheck"]
-    ]
+    assert sum(max(stage.share for stage in group) for group in by_time) <= 8 * 60 - 15, "what no stage may count on"
+    assert [[s.name for s in group if not s.helps] for group in by_time if len(group) > 1] == [
+        ["build"], ["check", "memcheck", "racecheck", "racecheck cuda"],
+    ]  # fmt: skip
     left = 8 * 60.0  # and every stage takes all it is given
     for i, group in enumerate(by_time):
         seconds = [stages.allowed(stage, by_time[i + 1 :], left) for stage in group]
@@ -155,6 +168,87 @@ def test_no_stage_takes_the_time_of_a_later_one(monkeypatch: pytest.MonkeyPatch)
     first, last = everything[0], everything[-1]
     assert stages.allowed(last, [], 8 * 60) == last.limit
     assert stages.allowed(first, by_time[1:], 5.0) == 5.0
+
+
+def test_what_is_tested_and_aimed_at_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "architecture", lambda: "9.0a")
+    names = [stage.name for stage in stages.stages(quick=False) if not stage.helps]
+    assert names[:2] == ["build", "values"]
+    targets = [name for name in names if name.startswith(("sae", "others", "projection", "heads", "end to end"))]
+    assert len(targets) == len(stages.COLUMNS) + 4
+    assert max(map(names.index, targets)) < names.index("profile heads") < names.index("encode")
+    assert [name for name in names if name.startswith("profile")] == [f"profile {CANONICAL_TEXT}", "profile heads"]
+
+
+def test_racecheck_sees_every_operator_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two processes: of a test's back-ends each has one."""
+    monkeypatch.setattr(stages.shutil, "which", lambda tool, path: tool)
+    by_name = {
+        stage.name: [*stage.command][[*stage.command].index("gpu and sanitizer") - 1 :] for stage in stages.sanitizers()
+    }
+    memcheck, triton, cuda = collected(*(by_name[name] for name in ("memcheck", "racecheck", "racecheck cuda")))
+    assert set(triton) | set(cuda) < set(memcheck)
+    assert not set(triton) & set(cuda)
+    functions = [{name.partition("[")[0] for name in names} for names in (memcheck, [*triton, *cuda])]
+    assert functions[0] == functions[1]
+    assert {re.split("-|\\]", name)[-2] for name in triton if "-" in name} == {"triton"}
+    assert 2 < len(triton) < 5
+    assert 2 < len(cuda) < 6
+
+
+def test_options_of_every_stage_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt one would show on a GPU first."""
+    monkeypatch.setattr(stages, "architecture", lambda: "9.0a")
+    seen = set()
+    for stage in stages.stages(quick=False):
+        if "-m" not in stage.command or not (module := stage.command[3]).startswith("benches.gpu."):
+            continue
+        main = importlib.import_module(module).main
+        if options := [*stage.command][4:]:
+            app = typer.Typer()
+            app.command()(main)
+            typer.main.get_command(app).make_context(module, options)
+            seen.add(module.removeprefix("benches.gpu."))
+    assert seen == {"sae", "heads", "profile"}
+
+
+def test_what_compiles_ahead_has_the_widths_of_what_is_measured() -> None:
+    """Tiles follow from d, F and k."""
+    ahead = {tuple(Shape.parse(text))[1:] for stage in stages.compilers() for text in shapes_in(stage.command)}
+    measured = {tuple(Shape.parse(shape))[1:] for shape in stages.COLUMNS}
+    assert ahead < measured
+    assert measured - ahead == {
+        tuple(Shape.parse([*stages.COLUMNS][-1]))[1:]
+    }  # d and k as above, memory for one process
+    assert {stage.read for stage in stages.compilers()} == {stages.nothing}
+
+
+def shapes_in(command: Sequence[str]) -> list[str]:
+    return [value for option, value in itertools.pairwise(command) if option == "--shape"]
+
+
+@pytest.mark.parametrize(("broken", "code"), [("a help", 0), ("measured", 1)])
+def test_a_run_fails_by_what_tests_and_measures_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str, code: int
+) -> None:
+    def stage(name: str, helps: bool = False, slot: str = "") -> stages.Stage:
+        said = "print('{\"ms\": 1}'); raise SystemExit(" + str(int(name == broken)) + ")"
+        return stages.Stage(name, stages.python("-c", said), 60, 5, stages.json_lines, slot=slot, helps=helps)
+
+    fakes = [stage("measured", slot="both"), stage("a help", helps=True, slot="both"), stage("more")]
+    monkeypatch.setattr(gpu, "stages", lambda quick: fakes)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.machine, "describe_machine", lambda device: {"gpu": "A GPU"})
+    if code:
+        with pytest.raises(SystemExit) as ended:
+            gpu.main(tmp_path / "out", minutes=1)
+        assert ended.value.code == code
+    else:
+        gpu.main(tmp_path / "out", minutes=1)
+    kept = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+    assert {name: found["status"] for name, found in kept.items()} == {
+        fake.name: "failed: exit 1" if fake.name == broken else "ok" for fake in fakes
+    }
 
 
 def test_every_column_is_measured_and_its_memory_is_known() -> None:
@@ -199,9 +293,6 @@ def test_the_sparse_contestant_takes_the_dense_ones_step(blocks: int, monkeypatc
     torch.testing.assert_close(step(), loss.detach())
     for leaf, other in zip(leaves, dense, strict=True):
         torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
-
-
-CANONICAL = Shape(32768, 4096, 131072, 64)
 
 
 def test_the_model_counts_what_the_formulas_say() -> None:

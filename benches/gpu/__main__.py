@@ -3,7 +3,7 @@
 Builds for the present device, checks every operator against the reference, runs the value tests (fp32, bf16, fp16;
 determinism; CUDA graphs), measures, and puts a part of the tests through compute-sanitizer. Each stage is a process of
 its own and survives the failure of another; what it printed is in DIR, what it found in DIR/gpu.json, written anew
-after every stage. Exit status 0 when every stage ended well.
+after every stage. Exit status 0 when every stage ended well that tests or measures.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main(
         "stages": {},
     }
     asked = [part.strip() for part in only.split(",")] if only else [""]
-    waiting = groups([stage for stage in stages(quick) if stage.name.startswith(tuple(asked))])
+    chosen = [stage for stage in stages(quick) if stage.name.startswith(tuple(asked))]
+    waiting = groups(chosen)
     while waiting:
         together = waiting.pop(0)
         left = deadline - time.monotonic()
@@ -79,7 +80,7 @@ def main(
     if keep:
         print(f"kept: {keep_result(result)}")
     print("\n" + table(result))
-    if any(found["status"] != "ok" for found in result["stages"].values()):
+    if any(result["stages"][stage.name]["status"] != "ok" for stage in chosen if not stage.helps):
         raise SystemExit(1)
 
 

@@ -31,7 +31,8 @@ class Stage:
     share: float  # seconds that the stages before it leave it
     read: Callable[[str], Any]
     environment: dict[str, str] = field(default_factory=dict)
-    beside: bool = False  # runs at the same time as its neighbours of which this is true: it measures no time
+    slot: str = ""  # runs at the same time as its neighbours of the same slot: it measures no time
+    helps: bool = False  # saves later stages time by what it leaves; how it ends does not make a run fail
 
 
 def architecture() -> str:
@@ -72,40 +73,74 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, "-u", *arguments]
 
 
+# Many processes share the host's cores: a team of PyTorch's threads in each would wait for itself at every barrier.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
 def sanitizers() -> list[Stage]:
-    """The smallest tests under two tools of compute-sanitizer, beside the value tests. racecheck, which slows a kernel
-    down far more, leaves fp16 out. Where the tool is not found the stages fail and say so."""
+    """The smallest tests under two tools of compute-sanitizer, after the value tests, which compile the same kernels:
+    memcheck took 25 s for 13 of them with a warm cache of Triton's, 150 s for 12 without. Every CUDA source and every
+    operator of Triton's is among them; racecheck, which slows a kernel down far more, has bf16 only, in two processes.
+    Where the tool is not found the stages fail and say so."""
     tool = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
     tests = python("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no")
     tests += ["-m", "gpu and sanitizer", "tests/test_gpu.py"]
     missing = python("-c", "raise SystemExit('compute-sanitizer is not in PATH')")
     options = ["--error-exitcode", "1", "--target-processes", "application-only"]
+    bf16 = "not dtype0 and not dtype2"
+    found = {
+        "memcheck": ("memcheck", []),
+        "racecheck": ("racecheck", ["-k", f"{bf16} and triton"]),
+        "racecheck cuda": ("racecheck", ["-k", f"{bf16} and cuda"]),
+    }
     return [
         Stage(
-            check,
+            name,
             missing if tool is None else [tool, "--tool", check, *options, *tests, *fewer],
-            240,
             150,
+            50,
             counts,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            beside=True,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **ONE_THREAD},
+            slot="checks",
         )
-        for check, fewer in (("memcheck", []), ("racecheck", ["-k", "not dtype2"]))
+        for name, (check, fewer) in found.items()
     ]
 
 
 # Columns of benches.gpu.sae at each shape, and the seconds that are theirs. At F = 2^20 the fp32 state of a step alone
 # takes 120 GB: a device that has them runs it, another says that it has not.
 COLUMNS = {
-    "32768,4096,131072,64": ("parts ours dense compact dead sparse compile", 60),
-    "4096,4096,131072,64": ("parts ours dense compact sparse", 25),
-    "65536,128,4096,32": ("parts ours dense compact sparse", 15),
-    "8192,4096,1048576,64": ("parts compact ours", 25),
+    "32768,4096,131072,64": ("parts ours dense compact dead sparse compile", 52),
+    "4096,4096,131072,64": ("parts ours dense compact sparse", 20),
+    "65536,128,4096,32": ("parts ours dense compact sparse", 18),
+    "8192,4096,1048576,64": ("parts compact ours", 24),
 }
 
 
+def compilers() -> list[Stage]:
+    """The benchmarks of Triton's kernels with few rows, beside the build: of the 15 to 59 s that each took on an H200,
+    1 to 12 were measurements and most others the compilation of kernels, one after the other, on one core of 16. Their
+    rows are no results. What counts is Triton's cache, where the benchmarks find the kernels: tiles follow from d, F
+    and k, not from the number of rows while it is a multiple of 16. Columns of the back-end cuda wait for the build."""
+    by_name = {
+        "sae": ("sae", "--shape", "1024,4096,131072,64", "--columns", "parts ours compact dead"),
+        "others": ("sae", "--shape", "1024,4096,131072,64", "--columns", "others"),
+        "sae of heads' size": ("sae", "--shape", "1024,128,4096,32", "--columns", "parts ours compact"),
+        "heads": ("heads", "--shape", "1024,128,4096,32", "--heads", "2"),
+    }
+    commands = {
+        name: python("-m", f"benches.gpu.{module}", *options, "--rounds", "1")
+        for name, (module, *options) in by_name.items()
+    } | {"projection": python("-m", "benches.gpu.projection")}
+    return [
+        Stage(f"compile {name}", command, 120, 52, nothing, ONE_THREAD, slot="build", helps=True)
+        for name, command in commands.items()
+    ]
+
+
 def stages(quick: bool) -> list[Stage]:
-    """All of them, in the order in which they are worth their time."""
+    """All of them, in the order in which they are worth their time. A share is 1.1 to 1.3 times what the stage took in
+    the kept runs, less what `compilers` take off it; together they leave 15 s of the 8 minutes."""
     build = {"RK_CUDA": "ON", "TORCH_CUDA_ARCH_LIST": architecture()}
     sae = [
         Stage(
@@ -117,33 +152,40 @@ def stages(quick: bool) -> list[Stage]:
         )
         for shape, (columns, share) in COLUMNS.items()
     ]
-    first = next(iter(COLUMNS))
+    first, *_ = COLUMNS
     others = python("-m", "benches.gpu.sae", "--shape", first, "--columns", "others cuda cuda-compact")
+    check = python("-m", "refusal_kernels.info", "--check", "--json")
     found = [
-        Stage("build", python("setup.py", "build_ext", "--inplace"), 240, 60, nothing, build),
-        Stage("check", python("-m", "refusal_kernels.info", "--check", "--json"), 240, 150, last_json, beside=True),
-        Stage("values", python("-m", "benches.gpu.values"), 240, 150, counts, beside=True),
+        Stage("build", python("setup.py", "build_ext", "--inplace"), 240, 52, nothing, build, slot="build"),
+        *compilers()[: 2 if quick else None],
+        Stage("values", python("-m", "benches.gpu.values"), 240, 90, counts),
+        # Of its 39 kernels the value tests compile 28 too; it has one core.
+        Stage("check", check, 150, 50, last_json, ONE_THREAD, slot="checks"),
         *sanitizers(),
         sae[0],
-        Stage("limits", python("-m", "benches.gpu.limits"), 60, 10, json_lines),
-        Stage(f"others {first}", others, 75, 30, json_lines),
+        Stage("limits", python("-m", "benches.gpu.limits"), 60, 8, json_lines),
+        Stage(f"others {first}", others, 75, 24, json_lines),
     ]
     if quick:
         return found
+    profiled = python("-m", "benches.gpu.profile")
+    of_heads = ["--shape", "65536,128,4096,32", "--heads", "32", "--columns", "ours compact"]
     return [
         *found,
-        Stage("encode", python("-m", "benches.gpu.encode"), 40, 15, json_lines),
         *sae[1:3],
-        Stage("projection", python("-m", "benches.gpu.projection"), 90, 25, json_lines),
-        Stage("heads", python("-m", "benches.gpu.heads"), 60, 20, json_lines),
-        Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, 20, json_lines),
+        Stage("projection", python("-m", "benches.gpu.projection"), 90, 28, json_lines),
+        Stage("heads", python("-m", "benches.gpu.heads"), 60, 22, json_lines),
+        Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, 27, json_lines),
         sae[3],
+        Stage(f"profile {first}", [*profiled, "--shape", first], 60, 22, json_lines),
+        Stage("profile heads", [*profiled, *of_heads], 60, 14, json_lines),
+        Stage("encode", python("-m", "benches.gpu.encode"), 40, 14, json_lines),
     ]
 
 
 def groups(found: Sequence[Stage]) -> list[list[Stage]]:
     """The stages in their order, neighbours that run at the same time in one list."""
-    return [list(part) for _, part in itertools.groupby(found, key=lambda stage: stage.beside or stage.name)]
+    return [list(part) for _, part in itertools.groupby(found, key=lambda stage: stage.slot or stage.name)]
 
 
 def allowed(stage: Stage, later: Sequence[Sequence[Stage]], left: float) -> float:
