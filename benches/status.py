@@ -36,7 +36,10 @@ GOES_THROUGH = {
     "backward, ours": ("backward.latent", "backward.combine"),
     "backward, cuda": ("latent_gradients",),
     "step, ours": ("sae_adam.step",),
-    "step, cuda": ("filter_rows", "latent_gradients"),
+    "step, ours, copies": ("sae_adam.step",),
+    "step, cuda": ("filter_rows", "latent_gradients"),  # of runs before 2026-11-29
+    "step, cuda, Adam inside": ("filter_rows", "adam_latents"),
+    "step, cuda compact, Adam inside": ("filter_rows", "adam_latents"),
     "encode, all heads, grouped": ("encode.group", "encode.settle"),
     "optimizer, ours": ("projected_adam.coefficients", "projected_adam.update"),
     "ours": ("lora_projection.coefficients", "lora_projection.update", "projection.table"),
@@ -125,8 +128,9 @@ def fingerprints() -> dict[str, str]:
 
 def ran(kernel: str, result: dict[str, Any]) -> bool:
     """Whether a run of `benches.gpu` shows that the kernel ran and was right, or was measured."""
-    values = result["stages"].get("values") or {}
-    if values.get("status") == "ok" and kernel in result.get("kernels", {}):
+    if kernel not in result.get("kernels", {kernel: ""}):  # there was no such kernel yet
+        return False
+    if (result["stages"].get("values") or {}).get("status") == "ok" and "kernels" in result:
         return True
     for stage in result["stages"].values():
         for row in stage["result"] if isinstance(stage["result"], list) else []:

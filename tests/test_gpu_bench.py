@@ -254,7 +254,7 @@ def test_a_run_fails_by_what_tests_and_measures_alone(
 def test_every_column_is_measured_and_its_memory_is_known() -> None:
     """At the first shape all; the largest state is asked for before it is made."""
     first, *_, largest = ((Shape.parse(shape), columns.split()) for shape, (columns, _) in stages.COLUMNS.items())
-    assert set(first[1]) == {"parts", *sae.STEPS} - {"cuda", "cuda-compact"}  # these in the stage "others"
+    assert set(first[1]) == {"parts", *sae.STEPS} - {"copies", "cuda", "cuda-compact"}  # these in the stage "others"
     assert set(model.STATE_BYTES) == set(sae.STEPS)
     assert model.least_step_bytes("dense", first[0]) == 18 * 2 * 2**29 + 4 * 2**32
     weights = 2 * 4096 * 2**20
@@ -331,6 +331,10 @@ def test_predictions_follow_from_what_the_device_was_measured_to_do() -> None:
     gradients = model.gradient_gather_bytes(CANONICAL)
     cuda = encode + (model.decode_bytes(CANONICAL) + model.transpose_bytes(CANONICAL) + gradients + written) / 4000e6
     assert model.predicted("step, cuda", CANONICAL, device) == pytest.approx(cuda)
+    for form, own in (("", "copies"), (" compact", "compact")):
+        inside = model.predicted(f"step, cuda{form}, Adam inside", CANONICAL, device)
+        name = "step, ours, copies" if own == "copies" else "step, ours compact"
+        assert inside == model.predicted(name, CANONICAL, device), "the same bytes, whatever the language"
     compact = model.predicted("step, ours compact", CANONICAL, device)
     assert compact == pytest.approx(encode + moved / 4000e9 * 1e3 - saved)
     assert model.predicted("step, dense", CANONICAL, device) is None

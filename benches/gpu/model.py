@@ -92,7 +92,8 @@ def aux_flops(s: Shape) -> int:
 
 # Of a weight while a step runs: its fp32 parameter, two moments, the bf16 copy of autocast; PyTorch's also a gradient.
 STATE_BYTES = {
-    "ours": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18, "cuda": 18, "cuda-compact": 12,
+    "ours": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18, "copies": 14, "cuda": 14,
+    "cuda-compact": 8,
 }  # fmt: skip
 ACTIVATION_BYTES = {"dense": 4, "compile": 4, "sparse": 2}  # of a pre-activation, where all are kept
 
@@ -138,6 +139,10 @@ PREDICTIONS: dict[str, Callable[[Shape, Device], float]] = {
     "step, ours": lambda s, at: step_ms(s, at, ADAM_BYTES),
     "step, ours, a tenth dead": lambda s, at: PREDICTIONS["step, ours"](s, at) + at.compute(aux_flops(s)),
     "step, ours compact": lambda s, at: step_ms(s, at, COMPACT_ADAM_BYTES),
+    "step, ours, copies": lambda s, at: step_ms(s, at, ADAM_BYTES),
+    "step, cuda, Adam inside": lambda s, at: step_ms(s, at, ADAM_BYTES),
+    "step, cuda compact, Adam inside": lambda s, at: step_ms(s, at, COMPACT_ADAM_BYTES),
+    # Of runs before 2026-11-29.
     "step, cuda": lambda s, at: unfused_step_ms(s, at, ADAM_BYTES),
     "step, cuda compact": lambda s, at: unfused_step_ms(s, at, COMPACT_ADAM_BYTES),
 }

@@ -10,7 +10,8 @@ compact    ours with state in 8 bytes a weight: master weights in halves, bf16 m
 dead       ours with a tenth of the latents dead, for AuxK
 sparse     topk, embedding_bag, index_add_
 compile    dense, compiled
-cuda       ours on the CUDA back-end, which writes gradients that Adam then reads; a second time with compact state
+copies     ours with the 16-bit copies kept that every other step makes anew of its fp32 weights
+cuda       the same on the CUDA back-end, its row filter and its step; cuda-compact: with compact state
 others     the parts on back-ends that run by explicit request only: CUDA's row filter, decode and backward, the 8-bit
            screen
 
@@ -40,7 +41,8 @@ from . import parts, peers
 from .clock import attempt, measure
 from .model import least_step_bytes
 
-STEPS = ("ours", "dense", "compact", "dead", "sparse", "compile", "cuda", "cuda-compact")
+STEPS = ("ours", "dense", "compact", "dead", "sparse", "compile", "copies", "cuda", "cuda-compact")
+COPIES: dict[str, Any] = {"copy_dtype": torch.bfloat16}
 COMPACT: dict[str, Any] = {"split_master": True, "moment_dtype": torch.bfloat16}
 
 
@@ -79,8 +81,16 @@ def steps(x: Tensor, shape: Shape) -> dict[str, tuple[str, Callable[[list[Tensor
         "dead": ("step, ours, a tenth dead", dead),
         "sparse": ("step, sparse", lambda leaves: peers.sparse_step(x, leaves, k)),
         "compile": ("step, compile", compiled),
-        "cuda": ("step, cuda", lambda leaves: our_step(x, leaves, k, backend="cuda")),
-        "cuda-compact": ("step, cuda compact", lambda leaves: our_step(x, leaves, k, backend="cuda", **COMPACT)),
+        "copies": ("step, ours, copies", lambda leaves: our_step(x, leaves, k, **COPIES)),
+        # Runs before 2026-11-29 have "step, cuda": gradients written, and read by Adam.
+        "cuda": (
+            "step, cuda, Adam inside",
+            lambda leaves: our_step(x, leaves, k, backend="cuda", **COPIES),
+        ),
+        "cuda-compact": (
+            "step, cuda compact, Adam inside",
+            lambda leaves: our_step(x, leaves, k, backend="cuda", **COMPACT),
+        ),
     }
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from refusal_kernels.triton_kernels import encode
+
 from ..machine import ROOT
 
 
@@ -111,7 +113,7 @@ def sanitizers() -> list[Stage]:
 # takes 120 GB: a device that has them runs it, another says that it has not.
 COLUMNS = {
     "32768,4096,131072,64": ("parts ours dense compact dead sparse compile", 52),
-    "4096,4096,131072,64": ("parts ours dense compact sparse", 20),
+    "4096,4096,131072,64": ("parts ours dense compact sparse", 18),
     "65536,128,4096,32": ("parts ours dense compact sparse", 18),
     "8192,4096,1048576,64": ("parts compact ours", 24),
 }
@@ -123,10 +125,14 @@ def compilers() -> list[Stage]:
     rows are no results. What counts is Triton's cache, where the benchmarks find the kernels: tiles follow from d, F
     and k, not from the number of rows while it is a multiple of 16. Columns of the back-end cuda wait for the build."""
     by_name = {
-        "sae": ("sae", "--shape", "1024,4096,131072,64", "--columns", "parts ours compact dead"),
+        "sae": ("sae", "--shape", "1024,4096,131072,64", "--columns", "parts ours compact dead copies"),
         "others": ("sae", "--shape", "1024,4096,131072,64", "--columns", "others"),
         "sae of heads' size": ("sae", "--shape", "1024,128,4096,32", "--columns", "parts ours compact"),
-        "heads": ("heads", "--shape", "1024,128,4096,32", "--heads", "2"),
+        **{
+            f"heads {path}": ("heads", "--shape", "1024,128,4096,32", "--heads", "2", "--paths", path)
+            for path in encode.PATHS
+            if path != "chunked"
+        },
     }
     commands = {
         name: python("-m", f"benches.gpu.{module}", *options, "--rounds", "1")
@@ -153,7 +159,7 @@ def stages(quick: bool) -> list[Stage]:
         for shape, (columns, share) in COLUMNS.items()
     ]
     first, *_ = COLUMNS
-    others = python("-m", "benches.gpu.sae", "--shape", first, "--columns", "others cuda cuda-compact")
+    others = python("-m", "benches.gpu.sae", "--shape", first, "--columns", "others copies cuda cuda-compact")
     check = python("-m", "refusal_kernels.info", "--check", "--json")
     found = [
         Stage("build", python("setup.py", "build_ext", "--inplace"), 240, 52, nothing, build, slot="build"),
@@ -163,8 +169,8 @@ def stages(quick: bool) -> list[Stage]:
         Stage("check", check, 150, 50, last_json, ONE_THREAD, slot="checks"),
         *sanitizers(),
         sae[0],
-        Stage("limits", python("-m", "benches.gpu.limits"), 60, 8, json_lines),
-        Stage(f"others {first}", others, 75, 24, json_lines),
+        Stage("limits", python("-m", "benches.gpu.limits"), 60, 7, json_lines),
+        Stage(f"others {first}", others, 75, 27, json_lines),
     ]
     if quick:
         return found
@@ -174,8 +180,8 @@ def stages(quick: bool) -> list[Stage]:
         *found,
         *sae[1:3],
         Stage("projection", python("-m", "benches.gpu.projection"), 90, 28, json_lines),
-        Stage("heads", python("-m", "benches.gpu.heads"), 60, 22, json_lines),
-        Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, 27, json_lines),
+        Stage("heads", python("-m", "benches.gpu.heads"), 60, 24, json_lines),
+        Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, 25, json_lines),
         sae[3],
         Stage(f"profile {first}", [*profiled, "--shape", first], 60, 22, json_lines),
         Stage("profile heads", [*profiled, *of_heads], 60, 14, json_lines),

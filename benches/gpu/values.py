@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ..machine import ROOT
 
-FILES = ("tests/test_gpu.py", "tests/test_cuda_compile.py", "tests/test_cuda_backward.py", "tests/test_benches.py")
+FILES = tuple(f"tests/test_{name}.py" for name in ("gpu", "cuda_compile", "cuda_backward", "cuda_adam", "benches"))
 # Kind -> (what pytest's -k selects, processes on 16 cores). Each process holds a CUDA context, some 500 MB.
 KINDS = {
     "int8": ("int8 or 8_bit", 7),
