@@ -158,13 +158,11 @@ def problem(
             moments[i] = moments[i].to(torch.bfloat16)
     extras: list[Tensor | None] = [None] * 4
     if extra:
-        rows = torch.tensor([n_latents - 1, 2, 0]).expand(*lead, 3).clone()
-        if heads is not None:
+        rows = torch.tensor([n_latents - 1, 2, 0])
+        if heads is not None:  # other latents in every head; what is padded with -1 must not matter
+            rows = (rows + torch.arange(heads)[:, None]) % n_latents
             rows[-1, 1:] = -1
         extras = [rows, normal(3, d), normal(3), normal(3, d)]
-        if heads is not None:
-            for t in extras[1:]:
-                t[-1, 1:] = 0  # type: ignore[index]
     state = [masters[0], normal(n_latents), masters[1], *moments]
     e, x = normal(n, d).to(dtype), normal(n, d).to(dtype)
     return Problem(e, x, values.to(dtype), indices, normal(d), state, extras, low, SALTS if form else None)

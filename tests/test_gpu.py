@@ -576,6 +576,20 @@ def test_heads_of_integers_are_exact_and_can_be_captured(backend, device, dtype,
         assert torch.equal(x_hat[h], alone)
 
 
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize(("n", "d", "n_latents", "k"), [(70, 130, 1025, 20), (5, 128, 4096, 32), (300, 64, 4096, 64)])
+def test_three_keys_of_a_group_give_the_code_of_two(dtype, n, d, n_latents, k):
+    """Triton's other path for heads, which nothing chooses yet."""
+    from refusal_kernels.triton_kernels import encode
+
+    x, W = (integers(3, size, d, dtype=dtype).cuda() for size in (n, n_latents))
+    b_enc, b_dec = integers(3, n_latents).cuda(), integers(3, d).cuda()
+    assert encode.path_of(W.shape, k) == "grouped"
+    two, three = (encode.topk_encode(x, W, b_enc, k, b_dec, path=path) for path in encode.PATHS[:2])
+    assert all(torch.equal(a, b) for a, b in zip(two, three, strict=True))
+
+
 @steps
 @pytest.mark.parametrize("autocast", [False, True])
 def test_step_into_gradients_can_be_captured(backend, device, autocast):
