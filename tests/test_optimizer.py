@@ -288,6 +288,10 @@ def other_data(optimizer: rk.SAEAdam) -> None:
     optimizer.parameters[2].data = optimizer.parameters[2].detach() * 2
 
 
+def another_optimizer(optimizer: rk.SAEAdam) -> None:
+    steps(rk.SAEAdam(*optimizer.parameters, lr=0.2, backend="cpu"), 1)
+
+
 def a_step_outside(optimizer: rk.SAEAdam) -> None:
     steps(optimizer, 1)
 
@@ -304,7 +308,12 @@ def a_copy_of_itself(optimizer: rk.SAEAdam) -> None:
     assert not twin._copies
 
 
-@pytest.mark.parametrize("change", [untouched, in_place, other_data, a_step_outside, unseen, a_copy_of_itself])
+@pytest.mark.parametrize(
+    "change", [
+        untouched, in_place, other_data, another_optimizer, a_step_outside, unseen,
+        a_copy_of_itself,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("norm", [None, 0.5])
 def test_a_copy_is_never_older_than_its_weight(change, norm):
     """Steps with copies and steps that cast give the same bits, whatever happens to the weights in between."""
@@ -321,6 +330,22 @@ def test_a_copy_is_never_older_than_its_weight(change, norm):
         results.append([*losses, *(p.detach() for p in optimizer.parameters)])
     for mine, cast in zip(*results, strict=True):
         assert torch.equal(mine, cast)
+
+
+def test_other_data_at_the_address_of_the_old_is_copied():
+    """As far as the allocator goes along: each replacement frees what a later one may take."""
+    optimizer = rk.SAEAdam(*(torch.randn(s).requires_grad_() for s in ((512, 64), (512,), (512, 64), (64,))),
+                           copy_dtype=torch.bfloat16)  # fmt: skip
+    W_dec = optimizer.parameters[2]
+    for _ in range(3):
+        W_dec.data = W_dec.data.clone()
+        optimizer.copy_of(W_dec)
+        address, wanted = W_dec.data_ptr(), W_dec.data * 2
+        for _ in range(100):
+            W_dec.data = wanted.clone()
+            if W_dec.data_ptr() == address:
+                break
+        assert torch.equal(optimizer.copy_of(W_dec), W_dec.detach().to(torch.bfloat16))
 
 
 def test_what_the_forward_pass_reads_is_the_copy():
@@ -350,3 +375,44 @@ def test_weights_of_16_bits_have_no_copies():
     leaves = [p.detach().to(torch.bfloat16).requires_grad_() for p in parameters()]
     with pytest.raises(ValueError, match=r"copy_dtype needs W_enc and W_dec of torch\.float32; got torch\.bfloat16"):
         rk.SAEAdam(*leaves, copy_dtype=torch.bfloat16)
+
+
+def test_parameters_of_inference_mode_are_copied_at_every_step():
+    """They count no changes."""
+    results = []
+    for copy_dtype in (torch.bfloat16, None):
+        torch.manual_seed(5)
+        with torch.inference_mode():
+            optimizer = rk.SAEAdam(*(torch.randn(s).requires_grad_() for s in SHAPES), lr=0.1, copy_dtype=copy_dtype)
+            for seed in range(2):
+                under_autocast(optimizer, seed)
+                optimizer.parameters[0].mul_(1.5)
+        results.append([p.detach() for p in optimizer.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("norm", [None, 0.5])
+def test_a_step_counts_as_a_change_of_every_parameter(norm):
+    """Whatever kernel took it: autograd and other optimizers' copies ask for the version."""
+    optimizer = rk.SAEAdam(*parameters(), max_grad_norm=norm)
+    for take in (lambda: under_autocast(optimizer), lambda: steps(optimizer, 1)):
+        before = [p._version for p in optimizer.parameters]
+        take()
+        assert all(p._version > v for p, v in zip(optimizer.parameters, before, strict=True))
+
+
+def test_a_bias_that_is_a_column_is_stepped_where_it_lies():
+    """On a back-end that takes the step in one kernel."""
+    start = [p.detach() for p in parameters()]
+    table = torch.full((F, 3), 7.0)
+    table[:, 1] = start[1]
+    results = []
+    for b_enc in (start[1].clone(), table[:, 1]):
+        leaves = [t.clone().requires_grad_() for t in start]
+        leaves[1] = b_enc.requires_grad_()
+        optimizer = rk.SAEAdam(*leaves, lr=0.1, backend="cpu")
+        rk.sae_step(torch.randn(9, D, generator=torch.Generator().manual_seed(1)), *leaves, 3, optimizer=optimizer)
+        results.append([leaf.detach() for leaf in leaves])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert (table[:, ::2] == 7).all()

@@ -633,3 +633,30 @@ def test_numbers_of_numpy_and_of_too_many_digits() -> None:
     with pytest.raises(TypeError, match=r"g must be a torch.Tensor; got ndarray") as refused:
         rk.project_out(np.zeros((100, 100)), U, 1)  # type: ignore[arg-type]
     assert len(str(refused.value)) < 300
+
+
+def test_other_data_at_the_address_of_the_old_is_seen():
+    """As far as the allocator goes along: each replacement frees what a later one may take. Held in bf16, a basis is
+    taken over as a copy, which keeps nobody from its address."""
+
+    def replace(t: torch.Tensor, wanted: torch.Tensor) -> None:
+        address = t.data_ptr()
+        for _ in range(100):
+            t.data = wanted.clone()
+            if t.data_ptr() == address:
+                break
+
+    q = torch.linalg.qr(torch.randn(512, 64))[0]
+    bases = [b.to(torch.bfloat16) for b in (q, q.flip(0), q.roll(7, 0))]
+    direction = torch.randn(512)
+    tensor, basis, towards = torch.randn(512, 16), bases[0].clone(), direction.clone()
+    plan = rk.ProjectionPlan([(tensor, basis, 0)], only_against=[towards])
+    for other, sign in ((bases[1], 1), (bases[2], 1), (bases[2], -1)):
+        basis.data, towards.data = basis.data.clone(), towards.data.clone()
+        plan.apply_()
+        replace(basis, other)
+        replace(towards, direction * sign)
+        tensor.copy_(torch.randn(512, 16))
+        wanted = rk.project_out(tensor.clone(), other, 0, only_against=direction * sign)
+        plan.apply_()
+        torch.testing.assert_close(tensor, wanted)

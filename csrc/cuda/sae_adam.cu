@@ -58,6 +58,7 @@ cudaError_t launch_shape(const AdamArgs& args, const BackwardSplit& split, cudaS
   if (shared > 48 << 10) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, shared); error != cudaSuccess) {
+      (void)cudaGetLastError();  // or the next launch would report it
       return error;
     }
   }

@@ -72,6 +72,7 @@ cudaError_t launch_shape(const BackwardArgs& args, const BackwardSplit& split, i
   if (split.shared > 48 << 10) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     if (const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, split.shared); error != cudaSuccess) {
+      (void)cudaGetLastError();  // or the next launch would report it
       return error;
     }
   }

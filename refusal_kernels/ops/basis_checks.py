@@ -23,6 +23,7 @@ from ..checks import FLOAT_DTYPES, check_number, check_same_device, check_shape,
 LEAST_TOLERANCE = 5e-4
 
 # Basis -> its version when it was found orthonormal, and its address: `.data` can be replaced, which counts nothing.
+# The numbers that were measured are held, so that no others can come to lie at their address.
 _measured: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -80,7 +81,7 @@ def check_orthonormal(op: str, name: str, basis: Tensor) -> None:
     if r == 0 or (basis.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     now = version(basis)
-    if now is not None and _measured.get(basis) == (now, basis.data_ptr()):
+    if now is not None and _measured.get(basis, (None,))[:2] == (now, basis.data_ptr()):
         return
     if r > n:
         raise ValueError(f"{op}: {name} must have at most as many columns as rows; got {describe(basis)}")
@@ -95,4 +96,4 @@ def check_orthonormal(op: str, name: str, basis: Tensor) -> None:
             f"{describe(basis)} (orthonormal_basis makes one of any vectors)"
         )
     if now is not None:
-        _measured[basis] = now, basis.data_ptr()
+        _measured[basis] = now, basis.data_ptr(), basis.detach()

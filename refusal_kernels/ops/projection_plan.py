@@ -35,6 +35,7 @@ class _Basis:
     name: str
     checked: tuple[int | None, int]
     ready: Tensor
+    held: Tensor  # the numbers of `checked`: while they are held no others can come to lie at their address
 
 
 @dataclass
@@ -45,6 +46,7 @@ class _Direction:
     basis: int
     versions: tuple[int | None, ...]
     ready: Tensor
+    held: Tensor  # as above
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class ProjectionPlan:
             check_orthonormal(OP, name, basis)
             ready = basis.detach().to(dtype).contiguous()
             self._basis_index[key] = len(self._bases)
-            self._bases.append(_Basis(basis, name, _seen(basis), ready))
+            self._bases.append(_Basis(basis, name, _seen(basis), ready, basis.detach()))
         return self._basis_index[key]
 
     def _direction(self, direction: Tensor, basis: int) -> int:
@@ -176,7 +178,7 @@ class ProjectionPlan:
                 ready = against_coefficients(of_basis.ready, direction.detach()).contiguous()
             versions = (*_seen(direction), *of_basis.checked)
             self._direction_index[key] = len(self._directions)
-            self._directions.append(_Direction(direction, basis, versions, ready))
+            self._directions.append(_Direction(direction, basis, versions, ready, direction.detach()))
         return self._direction_index[key]
 
     def _refresh(self) -> None:
@@ -211,13 +213,13 @@ class ProjectionPlan:
                     self._prepared = None
                 elif basis.ready.data_ptr() != now[1]:
                     basis.ready.copy_(basis.source)
-                basis.checked = now
+                basis.checked, basis.held = now, basis.source.detach()
         for direction in self._directions:
             versions = (*_seen(direction.source), *self._bases[direction.basis].checked)
             if None in versions or versions != direction.versions:
                 with without_autocast(direction.source.device.type):
                     direction.ready.copy_(against_coefficients(self._bases[direction.basis].ready, direction.source))
-                direction.versions = versions
+                direction.versions, direction.held = versions, direction.source.detach()
         self._look_at_sources()
 
     def _refresh_tensors(self) -> None:

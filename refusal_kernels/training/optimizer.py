@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import compact
 from ..backends import BACKENDS, Backend, Request, requested_backend, select
@@ -69,9 +70,10 @@ class SAEAdam(torch.optim.Optimizer):
     Copies ("shadows") of fp32 weights for the forward pass: under autocast every step casts W_enc and W_dec to 16 bits.
     With `copy_dtype=torch.bfloat16` the pass that updates a weight writes its copy too, where the back-end can, and the
     next `sae_step` under bf16 autocast reads that: no cast, and 2 bytes a weight held instead of made anew. A copy
-    that anything else has outdated is made again before it is read, whatever PyTorch counts as a change: `step()`,
-    an in-place operation, `load_state_dict`, another tensor as `.data`. What it does not count is a write through
-    `.data` (`W_dec.data.mul_(2)`) or by foreign code to the memory: call `forget_copies()` after that.
+    that anything else has outdated is made again before it is read, whatever PyTorch counts as a change: a step of
+    this class, an in-place operation, `load_state_dict`, another tensor as `.data`. What it does not count is a write
+    through `.data` (`W_dec.data.mul_(2)`), a step of torch.optim's `fused=True` optimizers, a collective operation on
+    the weights, or foreign code at the memory: call `forget_copies()` after that.
 
     Args:
         W_enc, W_dec: [F, d] leaf tensors; b_enc: [F]; b_dec: [d]; or with a head axis [H, F, d], [H, F], [H, d]; all
@@ -133,7 +135,7 @@ class SAEAdam(torch.optim.Optimizer):
         self._gradient_buffers: tuple[Tensor, Tensor] | None = None
         # By the number of the parameter: its copy, and the state of the parameter that the copy is of.
         self._copies: dict[int, Tensor] = {}
-        self._copied: dict[int, tuple[int, int]] = {}
+        self._copied: dict[int, _Contents | None] = {}
         super().__init__([W_enc, b_enc, W_dec, b_dec], {"lr": lr, "betas": betas, "eps": eps, **NOT_OFFERED})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,14 +216,15 @@ class SAEAdam(torch.optim.Optimizer):
             self._copied.pop(number, None)
             kept = torch.empty(parameter.shape, dtype=self.copy_dtype, device=parameter.device)
             self._copies[number] = kept
-        if self._copied.get(number) != _state_of(parameter):
+        known, now = self._copied.get(number), _Contents.of(parameter)
+        if now is None or known is None or not now.equals(known):
             kept.copy_(parameter)
-            self._copied[number] = _state_of(parameter)
+            self._copied[number] = now
         return kept
 
     def copies_written(self) -> None:
         """Says that the copies are of the weights as they are now: for the pass that has written both."""
-        self._copied = {number: _state_of(self.parameters[number]) for number in self._copies}
+        self._copied = {number: _Contents.of(self.parameters[number]) for number in self._copies}
 
     def forget_copies(self) -> None:
         """Has all copies made again before they are read: for whoever wrote to the weights unseen by PyTorch."""
@@ -289,7 +292,10 @@ class SAEAdam(torch.optim.Optimizer):
         check_offered("SAEAdam", group)
         beta1, beta2 = group["betas"]
         self.moments(parameter)
-        self._copied.pop(self._number(parameter), None)  # the kernels write unseen by PyTorch, too
+        # The kernels write unseen by PyTorch: this is said for the copies of other optimizers, and for autograd.
+        self._copied.pop(self._number(parameter), None)
+        if not parameter.is_inference():
+            torch.autograd.graph.increment_version(parameter)
         self.state[parameter]["step"] += 1
         t = float(self.state[parameter]["step"])
         # Learning-rate schedulers look for this mark of a step taken before them; `sae_step` does not go through
@@ -388,9 +394,25 @@ class SAEAdam(torch.optim.Optimizer):
         return select("sae_adam", request, requested_backend(backend))
 
 
-def _state_of(parameter: Tensor) -> tuple[int, int]:
-    """Another pair after every change of the tensor that PyTorch counts."""
-    return parameter._version, parameter.data_ptr()
+@dataclass(frozen=True)
+class _Contents:
+    """What shows that a tensor holds other numbers than before: its version, and its storage, for `.data` can be
+    replaced. The storage is known by a weak reference, beside which no other one can take its place in memory."""
+
+    version: int
+    storage: StorageWeakRef
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Contents | None:
+        """None for a tensor of inference mode, which counts nothing."""
+        if tensor.is_inference():
+            return None
+        return cls(tensor._version, StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()))
+
+    def equals(self, other: _Contents) -> bool:
+        own, others = ((c.version, c.storage.cdata, c.offset) for c in (self, other))
+        return own == others
 
 
 def check_offered(op: str, group: dict[str, Any]) -> None:

@@ -294,6 +294,7 @@ class _Step:
             and optimizer.in_step
             and (self.backend.fuses_compact_state or not optimizer.compact)
             and all(w.dtype in dtypes and w.is_contiguous() for w in weights)
+            and self.parameters[1].is_contiguous()  # b_enc, which the kernel steps in place as well
         )
 
     def _fused_step(

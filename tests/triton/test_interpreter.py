@@ -588,6 +588,23 @@ def test_sae_backward_adam_writes_copies_of_the_weights_it_stores(monkeypatch, r
         torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_bias_with_strides_is_stepped_where_it_lies(short_lists):
+    """By kernels that take biases without strides."""
+    torch.manual_seed(11)
+    start = [torch.randn(40, 8), torch.randn(40), torch.randn(40, 8), torch.randn(8)]
+    table = torch.full((40, 3), 7.0)
+    table[:, 1] = start[1]
+    x, results = torch.randn(6, 8), []
+    for b_enc in (start[1].clone(), table[:, 1]):
+        leaves = [t.clone().requires_grad_() for t in start]
+        leaves[1] = b_enc.requires_grad_()
+        rk.sae_step(x, *leaves, 3, optimizer=rk.SAEAdam(*leaves, lr=0.1), backend="triton")
+        results.append([leaf.detach() for leaf in leaves])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert (table[:, ::2] == 7).all()
+
+
 def test_gradients_that_are_written_anew_are_not_zeroed_before(short_lists, monkeypatch):
     """A clipped step overwrites its buffers, and a backward without .grad makes new ones that nobody fills."""
     monkeypatch.setattr(torch, "_foreach_zero_", None)
