@@ -64,7 +64,7 @@ class TrainConfig:
         max_grad_norm: clip the gradient of each SAE to this global norm; None turns it off. Clipping needs the whole
             gradient before the first weight may move, so the optimiser is then not fused into the backward pass.
         dtype: of the model and the activations. The SAE's weights are always fp32; with bfloat16 on a GPU the matrix
-            products run in bf16 under autocast.
+            products run in bf16 under autocast, and the optimiser keeps the weights' copies for it, 2 bytes a weight.
         moments: float32 or bfloat16, of Adam's moments of the SAE's two matrices. In bfloat16 they are rounded
             stochastically (refusal_kernels.compact) and take half.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".  backend: of the operators; None chooses.
