@@ -2,7 +2,7 @@
 
 Its backward takes half of the time of Triton's on an H200; with Adam behind it in a pass of its own the step was 4 %
 ahead (85.6 and 88.9 ms), for more memory (4.7 and 3.0 GB). Adam inside it (csrc/cuda/sae_adam.cu) and the row filter in
-its present form are predicted to bring the step to some 74 ms, and have not been run on a GPU.
+its present form are predicted to bring the step to some 75 ms, and have not been run on a GPU.
 
 topk_encode is the chunked encoder of the Triton back-end (cuBLAS and, for b_dec, Triton kernels) with the row filter of
 csrc/cuda in the place of Triton's; what the grouped encoder takes, heads that is, goes there. Its gradient is Triton's,
