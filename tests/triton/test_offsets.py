@@ -130,13 +130,13 @@ def test_the_fused_step_moves_far_latents(programs_from: Callable[[int], None]) 
     expected = stepped(w_dec[FAR], e[FAR]), stepped(w_enc[FAR], dv * x[FAR])
     # `through` has a row per program, and this is program FAR of ROWS: the launcher takes 1024.
     through = reserved(ROWS, D)
-    block = sae_adam._block(D, False, False, False)
+    block = sae_adam._block(D, False, False, False, False)
     tiles = latents.block_tiles(block, HAS_BIAS=False, EXTRA=False, PARALLEL=False, UNIT=False)
     programs_from(FAR)
     sae_adam._step_kernel[(1,)](
         e, x, values, torch.tensor([FAR], dtype=torch.int32), offsets, ends, torch.tensor(2.0), None,
         w_enc, None, *(weights[n] for n in ("m_enc", "v_enc")), *biases.values(),
-        w_dec, None, *(weights[n] for n in ("m_dec", "v_dec")), None, None, None, None, None, None, None, through,
+        w_dec, None, *(weights[n] for n in ("m_dec", "v_dec")), *[None] * 9, through,
         1, D, ROWS, ROWS, 256, 0, 0, *ADAM.values(), **tiles.options(),
     )  # fmt: skip
     torch.testing.assert_close(w_dec[FAR], expected[0])
