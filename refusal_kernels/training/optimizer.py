@@ -209,7 +209,8 @@ class SAEAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def copy_of(self, parameter: Tensor) -> Tensor:
         """The copy in `copy_dtype` of W_enc or W_dec as it is now; made again where it is outdated."""
-        assert self.copy_dtype is not None, "only with copy_dtype are copies kept"
+        if self.copy_dtype is None:
+            raise ValueError("SAEAdam: copy_of needs an optimizer made with copy_dtype; got None")
         number = self._number(parameter)
         kept = self._copies.get(number)
         if kept is None or kept.shape != parameter.shape or kept.device != parameter.device:
