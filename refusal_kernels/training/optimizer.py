@@ -217,8 +217,8 @@ class SAEAdam(torch.optim.Optimizer):
             self._copied.pop(number, None)
             kept = torch.empty(parameter.shape, dtype=self.copy_dtype, device=parameter.device)
             self._copies[number] = kept
-        known, now = self._copied.get(number), _Contents.of(parameter)
-        if now is None or known is None or not now.equals(known):
+        now = _Contents.of(parameter)
+        if now is None or now != self._copied.get(number):
             kept.copy_(parameter)
             self._copied[number] = now
         return kept
@@ -410,10 +410,6 @@ class _Contents:
         if tensor.is_inference():
             return None
         return cls(tensor._version, StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()))
-
-    def equals(self, other: _Contents) -> bool:
-        own, others = ((c.version, c.storage.cdata, c.offset) for c in (self, other))
-        return own == others
 
 
 def check_offered(op: str, group: dict[str, Any]) -> None:
