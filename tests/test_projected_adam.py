@@ -156,6 +156,60 @@ def test_groups_have_their_own_numbers_and_a_parameter_without_gradient_is_left_
     assert [float(optimizer.state[p]["step"]) for p in (parameters[0], parameters[1])] == [4, 3]
 
 
+def test_a_state_that_is_changed_between_steps_is_seen() -> None:
+    """What was looked up of the parameters at one step does not outlive a change before the next."""
+    parameters, bases = problem(torch.float64)
+    others = twin(parameters)
+    optimizer, reference = rk.ProjectedAdamW(parameters, bases), torch.optim.AdamW(others)
+    held = [(q, u, dim) for q, (_, u, dim) in zip(others, bases, strict=False)]
+
+    def change(number: int, of: torch.optim.Optimizer, some: list[nn.Parameter]) -> None:
+        if number == 1:
+            of.state[some[0]]["exp_avg"] = torch.full_like(some[0], 0.5)
+        if number == 2:
+            of.state[some[1]]["step"].fill_(9)
+        if number == 3:
+            of.state[some[2]] = {}
+        if number == 4:
+            of.state.pop(some[3])
+        if number == 5:
+            of.state[some[4]]["step"] = torch.tensor(1.0)
+        if number == 6:
+            of.param_groups[0]["params"] = some[::-1]
+        if number == 7:
+            of.state[some[5]].clear()
+
+    for number in range(9):
+        for some, stepped in ((parameters, optimizer), (others, reference)):
+            change(number, stepped, some)
+            give_gradients(some, number)
+        optimizer.step()
+        difference_step(reference, held, 1.0)
+        for p, q in zip(parameters, others, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+            assert optimizer.state[p]["step"] == reference.state[q]["step"]
+
+
+def test_counts_that_are_given_away_stand_still() -> None:
+    parameters, bases = problem()
+    optimizer = rk.ProjectedAdamW(parameters, bases)
+    again = rk.ProjectedAdamW(others := twin(parameters), [(q, *b[1:]) for q, b in zip(others, bases, strict=False)])
+    for some in (parameters, others):
+        give_gradients(some, 0)
+    optimizer.step()
+    kept = optimizer.state_dict()
+    again.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert {float(state["step"]) for state in kept["state"].values()} == {1.0}
+    assert {float(again.state[q]["step"]) for q in others} == {1.0}
+    again.step()
+    assert (
+        {float(again.state[q]["step"]) for q in others}
+        == {2.0}
+        == {float(optimizer.state[p]["step"]) for p in parameters}
+    )
+
+
 @pytest.mark.parametrize("way", ["state_dict", "pickle"])
 def test_a_resumed_run_repeats_an_uninterrupted_one(way: str) -> None:
     parameters, bases = problem()

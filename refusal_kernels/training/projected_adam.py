@@ -19,7 +19,7 @@ d is a workspace of the held parameters' size. Bytes per parameter in fp32, as a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,14 +45,29 @@ class _Held:
     dim: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Batch:
-    """Held parameters that one call steps: of one group, device, dtype and count of steps."""
+    """Held parameters that one call steps: of one group, device, dtype and count of steps; with what was looked up of
+    each of them, which is asked for anew when it has changed."""
 
-    group: int
-    step: int
-    backend: Backend
+    at: list[int]  # where in the group
     parameters: list[Tensor]
+    states: list[dict[str, Any]] = field(default_factory=list)
+    counts: Tensor | None = None  # [len(parameters)] fp32 on the CPU: the steps, counted up at once
+    steps: list[Tensor] = field(default_factory=list)  # its elements, 0-d: each state's "step", as in torch's AdamW
+    place: Any = None  # where everything lay when `run` was made, for the back-end of that name
+    backend: str = ""
+    run: Callable[..., None] | None = None
+
+
+@dataclass
+class _Group:
+    """How the parameters of a group were told apart at the last step."""
+
+    parameters: list[Tensor]
+    present: list[int]  # those with a gradient
+    batches: list[_Batch]
+    plain: list[Tensor]
 
 
 class ProjectedAdamW(torch.optim.Optimizer):
@@ -104,14 +119,15 @@ class ProjectedAdamW(torch.optim.Optimizer):
         self.strength = check_strength(OP, strength)
         requested_backend(backend)
         self.backend = backend
-        self._prepared: dict[Any, tuple[Any, Callable[..., None]]] = {}
+        self._groups: dict[int, _Group] = {}
+        self._states: list[dict[str, Any]] = []  # of all parameters, at the end of the last step
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._held = self._hold(bases)
 
     def __getstate__(self) -> dict[str, Any]:
         # Optimizer's own keeps its three attributes alone. What is prepared has addresses in it.
         options = {name: getattr(self, name) for name in ("strength", "backend", "_held")}
-        return {**super().__getstate__(), **options, "_prepared": {}}
+        return {**super().__getstate__(), **options, "_groups": {}, "_states": []}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every optimizer. Raises ValueError or TypeError for options that torch.optim.AdamW would refuse too."""
@@ -129,6 +145,15 @@ class ProjectedAdamW(torch.optim.Optimizer):
             _check_options(group)
         super().load_state_dict(state_dict)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in every optimizer. Counts of steps are copies: those of the optimizer lie side by side in one tensor."""
+        found = super().state_dict()
+        alone = {
+            key: {**state, "step": state["step"].clone()} if isinstance(state.get("step"), Tensor) else state
+            for key, state in found["state"].items()
+        }
+        return {**found, "state": alone}
+
     def held(self, parameter: Tensor) -> tuple[Tensor, int] | None:
         """(basis [n, r], dim) of a parameter whose updates are projected, None for any other, and where r = 0."""
         found = self._held.get(parameter)
@@ -142,21 +167,17 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches, plain = [], []
-        for number, group in enumerate(self.param_groups):
-            present = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in present):
-                raise ValueError(f"{OP}: gradients must be dense; got a sparse one in param_groups[{number}]")
-            batches += self._batches(number, [p for p in present if p in self._held])
-            plain.append([p for p in present if p not in self._held])
-        for group, parameters in zip(self.param_groups, plain, strict=True):
-            self._plain_step(group, parameters)
-        slots: dict[Any, int] = {}
-        for batch in batches:
-            first = batch.parameters[0]
-            kind = (batch.group, first.device, first.dtype)
-            slots[kind] = slots.get(kind, -1) + 1
-            self._projected_step(batch, (*kind, slots[kind]))
+        same_states = _same(self._states, list(self.state.values()))
+        looked = [self._look(number, same_states) for number in range(len(self.param_groups))]
+        requested = requested_backend(self.backend)
+        chosen = [[_choose(batch, requested) for batch in group.batches] for group, _ in looked]
+        for options, (group, _) in zip(self.param_groups, looked, strict=True):
+            self._plain_step(options, group.plain)
+        for options, (group, gradients), backends in zip(self.param_groups, looked, chosen, strict=True):
+            for batch, backend in zip(group.batches, backends, strict=True):
+                self._projected_step(batch, backend, [gradients[i] for i in batch.at], options)
+        if not same_states or len(self._states) != len(self.state):
+            self._states = list(self.state.values())
         return loss
 
     def _hold(self, bases: Any) -> dict[Tensor, _Held]:
@@ -198,17 +219,38 @@ class ProjectedAdamW(torch.optim.Optimizer):
         check_no_overlaps(OP, sources, {})
         return held
 
-    def _batches(self, number: int, parameters: list[Tensor]) -> list[_Batch]:
-        found: dict[Any, _Batch] = {}
-        for p in parameters:
+    def _look(self, number: int, same_states: bool) -> tuple[_Group, list[Tensor]]:
+        """The group, told apart anew where something has changed, and the gradients of all its parameters, or None."""
+        parameters: list[Tensor] = self.param_groups[number]["params"]
+        gradients: list[Any] = [p.grad for p in parameters]
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        if any(gradients[i].is_sparse for i in present):
+            raise ValueError(f"{OP}: gradients must be dense; got a sparse one in param_groups[{number}]")
+        known = self._groups.get(number)
+        if (
+            known is None
+            or not same_states
+            or known.present != present
+            or not _same(known.parameters, parameters)
+            or not all(map(_as_it_was, known.batches))
+        ):
+            known = self._groups[number] = self._tell_apart(list(parameters), present)
+        return known, gradients
+
+    def _tell_apart(self, parameters: list[Tensor], present: list[int]) -> _Group:
+        batches: dict[Any, _Batch] = {}
+        plain = []
+        for i in present:
+            p = parameters[i]
+            if p not in self._held:
+                plain.append(p)
+                continue
             state = self.state.get(p)
-            step = int(state["step"]) + 1 if state else 1
-            kind = (p.device, p.dtype, step)
-            if kind not in found:
-                chosen = select("projected_adam", Request(p.device.type, p.dtype), requested_backend(self.backend))
-                found[kind] = _Batch(number, step, chosen, [])
-            found[kind].parameters.append(p)
-        return list(found.values())
+            kind = (p.device, p.dtype, int(state["step"]) if state else 0)
+            batch = batches.setdefault(kind, _Batch([], []))
+            batch.at.append(i)
+            batch.parameters.append(p)
+        return _Group(parameters, present, list(batches.values()), plain)
 
     def _plain_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         if not parameters:
@@ -227,28 +269,35 @@ class ProjectedAdamW(torch.optim.Optimizer):
             **_options(group),  # type: ignore[arg-type]
         )
 
-    def _projected_step(self, batch: _Batch, slot: Any) -> None:
-        states = [self._state(p, torch.contiguous_format) for p in batch.parameters]
-        for state in states:
-            for name in MOMENTS:  # those of a torch.optim.AdamW lie as its parameters do
-                state[name] = state[name].contiguous()
-        moments = [[state[name] for state in states] for name in MOMENTS]
-        tensors = [*batch.parameters, *moments[0], *moments[1]]
-        # Storage, not objects: `.data` can be replaced, and load_state_dict makes new moments.
-        place = (batch.backend.name, [t.data_ptr() for t in tensors], [p.stride() for p in batch.parameters])
-        if slot not in self._prepared or self._prepared[slot][0] != place:
-            self._prepared[slot] = place, self._prepare(batch, moments)
-        torch._foreach_add_([state["step"] for state in states], 1)
-        o = _options(self.param_groups[batch.group])
-        beta1, beta2, t = o["beta1"], o["beta2"], batch.step
+    def _projected_step(
+        self, batch: _Batch, backend: Backend, gradients: list[Tensor], options: dict[str, Any]
+    ) -> None:
+        if batch.counts is None:
+            self._take_up(batch)
+        assert batch.counts is not None
+        if batch.run is None or batch.backend != backend.name:
+            batch.run, batch.backend, batch.place = self._prepare(batch, backend), backend.name, _place(batch)
+        batch.counts += 1
+        o = _options(options)
+        beta1, beta2, t = o["beta1"], o["beta2"], int(batch.counts[0])
+        if not all(map(Tensor.is_contiguous, gradients)):
+            gradients = [g.contiguous() for g in gradients]
         with without_autocast(batch.parameters[0].device.type):
-            self._prepared[slot][1](
-                [p.grad.contiguous() for p in batch.parameters],  # type: ignore[union-attr]
-                o["lr"], beta1, beta2, o["eps"], 1 - beta1**t, 1 - beta2**t, o["weight_decay"],
-            )  # fmt: skip
+            batch.run(gradients, o["lr"], beta1, beta2, o["eps"], 1 - beta1**t, 1 - beta2**t, o["weight_decay"])
         torch.autograd.graph.increment_version(batch.parameters)
 
-    def _prepare(self, batch: _Batch, moments: list[list[Tensor]]) -> Callable[..., None]:
+    def _take_up(self, batch: _Batch) -> None:
+        """The states of a new batch, made where there are none yet; their counts move into one tensor."""
+        batch.states = [self._state(p, torch.contiguous_format) for p in batch.parameters]
+        batch.counts = torch.tensor([float(s["step"]) for s in batch.states], dtype=torch.float32, device="cpu")
+        batch.steps = [batch.counts[i] for i in range(len(batch.states))]
+        for state, step in zip(batch.states, batch.steps, strict=True):
+            state["step"] = step
+            for name in MOMENTS:  # those of a torch.optim.AdamW lie as its parameters do
+                state[name] = state[name].contiguous()
+
+    def _prepare(self, batch: _Batch, backend: Backend) -> Callable[..., None]:
+        moments = [[state[name] for state in batch.states] for name in MOMENTS]
         held = [self._held[p] for p in batch.parameters]
         bases = list({id(h.basis): h.basis for h in held}.values())
         index = {id(basis): i for i, basis in enumerate(bases)}
@@ -259,7 +308,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
                     f"{OP}: a held parameter is {describe(p)} now; its basis is {h.basis.dtype} and its moments are "
                     f"{m.dtype}, made before: make a new optimizer and load this one's state_dict() into it"
                 )
-        return batch.backend.prepare_projected_adam(
+        return backend.prepare_projected_adam(
             [p.detach() for p in batch.parameters],
             moments[0],
             moments[1],
@@ -276,6 +325,34 @@ class ProjectedAdamW(torch.optim.Optimizer):
             for name in MOMENTS:
                 state[name] = torch.zeros_like(parameter, memory_format=memory_format)
         return state
+
+
+def _same(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether both list the same objects; `==` would compare the numbers of tensors."""
+    return list(map(id, before)) == list(map(id, now))
+
+
+def _as_it_was(batch: _Batch) -> bool:
+    """Whether its parameters still count their steps together, and all lies where it lay: `.data` can be replaced, a
+    state as well, by load_state_dict or by anybody."""
+    if batch.counts is None or not _same(batch.steps, [state.get("step") for state in batch.states]):
+        return False
+    counts = batch.counts.tolist()
+    return counts.count(counts[0]) == len(counts) and batch.place == _place(batch)
+
+
+def _choose(batch: _Batch, requested: str | None) -> Backend:
+    first = batch.parameters[0]
+    return select("projected_adam", Request(first.device.type, first.dtype), requested)
+
+
+def _place(batch: _Batch) -> Any:
+    moments = [state[name] for name in MOMENTS for state in batch.states]
+    return (
+        list(map(Tensor.data_ptr, batch.parameters)),
+        list(map(Tensor.data_ptr, moments)),
+        list(map(Tensor.stride, batch.parameters)),
+    )
 
 
 def _options(group: dict[str, Any]) -> dict[str, float]:

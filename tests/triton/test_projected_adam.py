@@ -75,6 +75,35 @@ def test_each_rank_has_its_launches_and_the_update_stays_out(monkeypatch):
         assert (update @ u.double()).norm() < 1e-6 * update.norm()
 
 
+def test_a_step_asks_no_tensor_operation_of_each_parameter():
+    """448 small matrices are a matter of the host's time: a step's operations do not grow in number with them."""
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(copies):
+        parameters, bases = problem([16])
+        parameters = [nn.Parameter(p.detach().clone()) for p in parameters * copies]
+        optimizer = rk.ProjectedAdamW(
+            parameters, [(p, *b) for p, b in zip(parameters, bases * copies, strict=True)], backend="triton"
+        )
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        launches = []
+        optimizer._groups[0].batches[0].run = lambda *arguments: launches.append(arguments)
+        with Counting() as counting:
+            optimizer.step()
+        assert len(launches) == 1
+        return counting.calls
+
+    assert operations(1) == operations(5) <= 12
+
+
 def test_what_the_fused_kernels_do_not_take_goes_by_the_primitives(monkeypatch):
     monkeypatch.setattr(projected_adam, "prepare", None)
     torch.manual_seed(1)
