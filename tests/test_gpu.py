@@ -156,6 +156,65 @@ def test_encode_and_its_gradients(backend, device, dtype, n, d, n_latents, k):
         close(leaf.grad, exact, own, 3)
 
 
+@everywhere
+@every_dtype
+@pytest.mark.parametrize(
+    ("n", "d", "n_latents", "k"), [(300, 128, 4096, 32), (70, 8, 1000, 3), (257, 64, 33, 32), (64, 128, 4096, 1)]
+)
+def test_the_path_of_narrow_rows(backend, device, dtype, n, d, n_latents, k):
+    """Ties, accuracy and repeatability of what Triton takes for d <= 128 (`encode.path_of`); its paths agree."""
+    x, W, b, b_dec = integers(n, d, dtype=dtype), integers(n_latents, d, dtype=dtype), integers(n_latents), integers(d)
+    inputs = [t.to(device) for t in (x, W, b, b_dec)]
+    values, indices = rk.topk_encode(*inputs[:3], k, inputs[3], backend=backend)
+    ran(backend, "topk_encode")
+    want_values, want_indices = reference.topk_encode(*double(x, W, b), k, b_dec.double())
+    assert torch.equal(indices.cpu(), want_indices)
+    assert torch.equal(values.cpu(), want_values.to(dtype))
+    if backend == "triton":
+        from refusal_kernels.triton_kernels import encode
+
+        assert encode.path_of(W.shape, k) == "grouped"
+        chunked = encode.topk_encode(*inputs[:3], k, inputs[3], path="chunked")
+        assert all(torch.equal(a, b) for a, b in zip((values, indices), chunked, strict=True))
+    noise = [t.to(device, u) for t, u in ((torch.randn(n, d), dtype), (torch.randn(n_latents, d) / d**0.5, dtype))]
+    noise += [torch.randn(n_latents, device=device), torch.randn(d, device=device)]
+    first = check_encode(backend, *noise[:3], k, noise[3])
+    again = rk.topk_encode(*noise[:3], k, noise[3], backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize(("rows", "columns", "d"), [(70, 130, 33), (256, 512, 64), (1, 1, 1)])
+def test_tritons_own_product(dtype, rows, columns, d):
+    """What encodes where cuBLAS cannot write fp32 from 16-bit operands, which no operator's test would reach here."""
+    from refusal_kernels.triton_kernels import encode
+
+    x, W = integers(rows, d, dtype=dtype).cuda(), integers(columns, d, dtype=dtype).cuda()
+    out = torch.empty(rows, columns, device="cuda")
+    encode.triton_project(x, W, out)
+    assert torch.equal(out.cpu(), (x.double() @ W.double().T).float().cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_step_with_the_8_bit_screen(autocast):
+    """Its encoder alone is another: the step on Triton, from the same code."""
+    x, parameters, dead = sae("cuda", 300, 64, 900)
+    results = []
+    for backend in ("triton-int8", "triton"):
+        leaves = copies(parameters, "cuda", torch.float32)
+        optimizer = rk.SAEAdam(*leaves, lr=0.01, eps=1e-2)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = rk.sae_step(x, *leaves, 7, dead=dead, k_aux=4, optimizer=optimizer, backend=backend)
+        ran(backend, "sae_step")
+        results.append([out.indices, out.loss, *(leaf.detach() for leaf in leaves)])
+    assert (results[0][0] == results[1][0]).double().mean() > 0.99
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=0)
+    for a, b, start in zip(results[0][2:], results[1][2:], parameters, strict=True):
+        assert (a - b).abs().mean() < 0.01 * (b - start.detach()).abs().mean()  # an entry that nearly ties may differ
+
+
 @pytest.mark.gpu
 @every_dtype
 @pytest.mark.parametrize(("n", "n_latents"), [(1100, 20000), (600, 9001)])
@@ -300,7 +359,7 @@ def test_step_with_optimizer(backend, device, n, d, n_latents, k, with_dead, max
                     backend=where,
                 )  # fmt: skip
         ran(where, "sae_step")
-        if where == "triton" and max_grad_norm is None:
+        if where in ("triton", "cuda") and max_grad_norm is None:
             assert optimizer._gradient_buffers is None  # the step was fused: no gradient of a weight was written
         moments = [optimizer.state[leaf][m] for leaf in leaves for m in ("exp_avg", "exp_avg_sq")]
         results.append([*(leaf.detach() for leaf in leaves), *moments])
@@ -505,8 +564,10 @@ def everything(backend: str, device: str, dtype: torch.dtype, n: int, d: int, n_
 @steps
 @every_dtype
 def test_same_input_same_bits(backend, device, dtype):
-    first, second = (everything(backend, device, dtype, 300, 72, 700, 9) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # A width that Triton encodes in chunks, and one that it does not (test_the_path_of_narrow_rows has more of it).
+    for d in (136, 72):
+        first, second = (everything(backend, device, dtype, 300, d, 700, 9) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.sanitizer
@@ -514,8 +575,62 @@ def test_same_input_same_bits(backend, device, dtype):
 @every_dtype
 def test_every_operator_once(backend, device, dtype):
     """Small enough for compute-sanitizer, which slows kernels down a hundredfold."""
-    results = everything(backend, device, dtype, 5, 37, 90, 5)
+    results = everything(backend, device, dtype, 5, 137, 90, 5)
     assert all(t.isfinite().all() for t in results if t.is_floating_point())
+
+
+def codes_of_any_length(backend: str, device: str, dtype: torch.dtype, n: int, d: int, n_latents: int) -> list[Tensor]:
+    """Each operator on CSR codes and its gradients once."""
+    torch.manual_seed(1)
+    start = torch.randn(n, d), torch.randn(n_latents, d) / d**0.5, torch.randn(n_latents), torch.randn(d)
+    results = []
+    for encoder, argument in ((rk.batch_topk_encode, 3), (rk.threshold_encode, 0.5)):
+        leaves = [
+            t.to(device, u).requires_grad_() for t, u in zip(start, (dtype, dtype, *[torch.float32] * 2), strict=True)
+        ]
+        values, latents, offsets = encoder(*leaves[:3], argument, leaves[3], backend=backend)
+        W_dec = leaves[1].detach().clone().requires_grad_()
+        x_hat = rk.sparse_decode_csr(values, latents, offsets, W_dec, leaves[3], backend=backend)
+        x_hat.square().sum().backward()
+        results += [values, latents, offsets, x_hat, W_dec.grad, *(leaf.grad for leaf in leaves)]
+    ran(backend, "batch_topk_encode", "threshold_encode", "sparse_decode_csr", "sparse_decode_csr_backward")
+    return [t.detach() for t in results]
+
+
+@everywhere
+@every_dtype
+def test_same_codes_of_any_length(backend, device, dtype):
+    first, second = (codes_of_any_length(backend, device, dtype, 300, 72, 700) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.sanitizer
+@everywhere
+@every_dtype
+def test_codes_of_any_length_once(backend, device, dtype):
+    assert all(t.isfinite().all() for t in codes_of_any_length(backend, device, dtype, 5, 37, 90))
+
+
+@pytest.mark.sanitizer
+@steps
+def test_heads_once(backend, device):
+    """The grouped encoder, and the step's kernels along their head axis."""
+    made = [sae(device, 5, 37, 90) for _ in range(2)]
+    x, dead = (torch.stack([m[i] for m in made]) for i in (0, 2))
+    leaves = [torch.stack([m[1][i].detach() for m in made]).requires_grad_() for i in range(4)]
+    optimizer = rk.SAEAdam(*leaves, lr=0.01)
+    with torch.autocast(device, torch.bfloat16):
+        out = rk.sae_step(x, *leaves, 5, dead=dead, k_aux=4, optimizer=optimizer, backend=backend)
+    ran(backend, "sae_step")
+    assert all(t.isfinite().all() for t in (*out, *leaves) if t.is_floating_point())
+
+
+@pytest.mark.sanitizer
+@pytest.mark.gpu
+def test_8_bit_screen_once():
+    x, parameters, _ = sae("cuda", 40, 64, 300)
+    check_encode("triton-int8", x, *(p.detach() for p in parameters[:2]), 5, parameters[3].detach())
+    ran("triton-int8", "topk_encode")
 
 
 @pytest.mark.sanitizer
@@ -551,7 +666,7 @@ def captured(device: str, call: Callable[[], list[Tensor]]) -> Callable[[], list
     return replay
 
 
-@everywhere
+@steps
 @every_dtype
 @pytest.mark.parametrize(
     ("n", "d", "n_latents", "k"), [(70, 130, 1025, 20), (5, 128, 4096, 32), (3, 40, 61, 61), (2, 8, 1300, 200)]

@@ -33,8 +33,8 @@ finite bf16 numbers near the end of the range can overflow in x W_enc^T where th
 k > 1024 does not fit a list in registers: there, chunks are merged by `torch.topk` over the 64-bit keys (slower,
 equally exact).
 
-Heads: [H, N, d] rows and [H, F, d] weights go through grouped_encode.py in one launch where it takes the shape, and
-head by head through chunks where it does not.
+Narrow rows and heads: [H, N, d] rows and [H, F, d] weights go through grouped_encode.py in one launch where it takes
+the shape, and head by head through chunks where it does not; one autoencoder goes there where d is small (`path_of`).
 
 Work: 2 N F d flop. Bytes that must move: x and W_enc once per row block, N F 4 written to and read from L2, N k 16
 out. Roofline prediction (N 32768, d 4096, F 131072, k 64, bf16, H200): GEMM 44.5 ms, filter 1 to 2 ms, selection
@@ -366,8 +366,9 @@ def topk_encode(
     """values [N, k] in x's dtype and indices [N, k] int64; see the module's docstring.
 
     x [N, d] and W_enc [F, d] share one dtype of fp32, bf16, fp16; b_enc [F] and b_dec [d] are fp32; 1 <= k <= F < 2^31;
-    or all of them with a head axis in front. `chunk` = (rows, latents) overrides the size of the work buffer. `path` is
-    one of PATHS or None for `path_of`'s choice. `row_filter`: the kernel that selects, in chunks.
+    or all of them with a head axis in front. `path` is one of PATHS or None for `path_of`'s choice. `chunk` = (rows,
+    latents) overrides the size of the work buffer, `row_filter` the kernel that selects: either is for chunks, which
+    None stands for then.
 
     Equivalent to: torch.sort(torch.relu((x - b_dec) @ W_enc.T + b_enc), descending=True, stable=True), first k columns.
     """
@@ -375,8 +376,8 @@ def topk_encode(
     indices = torch.empty(*x.shape[:-1], k, dtype=torch.int64, device=x.device)
     if x.numel() == 0:
         return values, indices
-    path = path or path_of(W_enc.shape, k)
-    if row_filter is None and path != "chunked":
+    path = path or ("chunked" if chunk or row_filter else path_of(W_enc.shape, k))
+    if path != "chunked":
         with on_device(x):
             shift, bias = centring(x, W_enc, b_enc, b_dec)
             heads = x.dim() - 2  # 0 or 1: a head axis of 1 is put where there is none
@@ -396,11 +397,20 @@ def topk_encode(
 PATHS = ("grouped", "grouped, 3 keys", "chunked")
 
 
+# The largest d, F and k at which "grouped" was measured ahead for one autoencoder: at N 65536 on an H200
+# (`benches.gpu.heads`) 1.31 and 1.63 ms where "chunked" took 1.85 and 2.54. It is ahead by what it does not write, 8
+# bytes for the 2 d flop of a pre-activation, more so where d is less. `benches.gpu.paths` says what may be added.
+_GROUPED_ALONE = ((128, 4096, 32),)
+
+
 def path_of(shape: Sequence[int], k: int) -> str:
-    """The path for W_enc of `shape`: "grouped" (grouped_encode.py) where there are heads and it takes the shape;
-    else "chunked". Measured at d 128, F 4096, k 32 alone (`benches.gpu.heads`), where grouped is ahead for one head
-    too."""
-    return "grouped" if len(shape) == 3 and supports(shape[-1], shape[-2], k) else "chunked"
+    """The path for W_enc of `shape` [F, d] or [H, F, d]: "grouped" (grouped_encode.py) for one autoencoder where it was
+    measured ahead, for several wherever it takes the shape: "chunked" takes them one after the other."""
+    n_latents, d = shape[-2:]
+    if len(shape) == 3:
+        return "grouped" if supports(d, n_latents, k) else "chunked"
+    measured = any(d <= most[0] and n_latents <= most[1] and k <= most[2] for most in _GROUPED_ALONE)
+    return "grouped" if measured else "chunked"
 
 
 def _encode_in_chunks(

@@ -15,8 +15,8 @@ every step, and everything else stays.
 Bytes: 16 read and 12 written per parameter by the first sweep, 8 read and 4 written by the second: 40; and U twice.
 Roofline prediction (448 LoRA matrices of an 8B model, rank 16, 42 M parameters, H200 at 4.3 TB/s): 0.42, 0.66, 0.92 ms
 at r = 8, 64, 128; AdamW alone 0.27 ms. Measured there, called from Python, in the faster of two runs: 2.7, 2.9, 3.3 ms;
-AdamW alone 1.7, 1.7, 1.6; AdamW and then the projection of the difference 2.4, 2.7, 3.1. Those are the host's times, not
-the device's: AdamW alone took six times its bytes as well. The step asked several tensor operations of every parameter
+AdamW alone 1.7, 1.7, 1.6; AdamW and then the projection of the difference 2.4, 2.7, 3.1. That is the host, not
+the device: AdamW alone took six times its bytes as well. The step asked several tensor operations of every parameter
 then (a count read, another counted up); now it asks none (tests/triton/test_projected_adam.py), not measured since.
 """
 

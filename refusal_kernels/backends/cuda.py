@@ -128,7 +128,7 @@ class CudaBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         """As in refusal_kernels.reference."""
         encode = importlib.import_module("refusal_kernels.triton_kernels.encode")
-        if encode.path_of(W_enc.shape, k) != "chunked":  # heads, in one launch: no row filter there
+        if W_enc.dim() == 3 and encode.path_of(W_enc.shape, k) != "chunked":  # in one launch: no row filter there
             return TritonBackend().topk_encode(x, W_enc, b_enc, k, b_dec)  # type: ignore[no-any-return]
         row_filter = encode.RowFilter(FILTER_CAPACITY, self._operator("row_filter"))
         return encode.topk_encode(x, W_enc, b_enc, k, b_dec, row_filter=row_filter)

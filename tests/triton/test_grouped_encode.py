@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import refusal_kernels as rk
 from refusal_kernels import reference
 from refusal_kernels.triton_kernels import encode, grouped_encode
 from refusal_kernels.triton_kernels.launch import Tiles
@@ -162,5 +163,20 @@ def test_tiny_and_huge_numbers_are_not_lost():
 def test_shapes_that_registers_do_not_hold_take_the_chunked_path(monkeypatch):
     monkeypatch.undo()
     assert encode.path_of((4, 4096, 128), 32) == encode.path_of((4, 16384, 1024), 128) == "grouped"
-    for shape, k in (((4096, 128), 32), ((4, 4096, 1032), 32), ((4, 16385, 128), 32), ((4, 4096, 128), 129)):
+    for shape, k in (((4, 4096, 1032), 32), ((4, 16385, 128), 32), ((4, 4096, 128), 129)):
         assert encode.path_of(shape, k) == "chunked"
+
+
+def test_one_autoencoder_takes_the_path_that_was_measured_ahead(monkeypatch):
+    monkeypatch.undo()
+    assert encode.path_of((4096, 128), 32) == encode.path_of((1, 1), 1) == "grouped"
+    for shape, k in (((4097, 128), 32), ((4096, 129), 32), ((4096, 128), 33)):
+        assert encode.path_of(shape, k) == "chunked"
+    x, W = torch.randn(40, 128), torch.randn(512, 128)
+    taken = []
+    monkeypatch.setattr(encode, "encode_rows", lambda *a, of=encode.encode_rows, **k: taken.append(1) or of(*a, **k))
+    values, indices = rk.topk_encode(x, W, torch.zeros(512), 32, backend="triton")
+    assert taken
+    chunked = encode.topk_encode(x, W, torch.zeros(512), 32, None, path="chunked")
+    assert torch.equal(indices, chunked[1])
+    torch.testing.assert_close(values, chunked[0])
