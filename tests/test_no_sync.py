@@ -89,7 +89,7 @@ def test_triton_launchers_without_values(monkeypatch, autocast_is_off, d):
         def __call__(self, *args, **kwargs) -> None:
             Launched.count += 1
 
-    for name in ("encode", "decode", "rows", "latents", "backward", "adam", "sae_adam"):
+    for name in ("encode", "grouped_encode", "decode", "rows", "latents", "backward", "adam", "sae_adam"):
         module = importlib.import_module(f"refusal_kernels.triton_kernels.{name}")
         for kernel in [n for n in vars(module) if n.endswith("_kernel")]:
             monkeypatch.setattr(module, kernel, Launched())

@@ -174,7 +174,12 @@ def test_one_autoencoder_takes_the_path_that_was_measured_ahead(monkeypatch):
         assert encode.path_of(shape, k) == "chunked"
     x, W = torch.randn(40, 128), torch.randn(512, 128)
     taken = []
-    monkeypatch.setattr(encode, "encode_rows", lambda *a, of=encode.encode_rows, **k: taken.append(1) or of(*a, **k))
+
+    def encode_rows(*arguments, of=encode.encode_rows, **options):
+        taken.append(arguments)
+        of(*arguments, **options)
+
+    monkeypatch.setattr(encode, "encode_rows", encode_rows)
     values, indices = rk.topk_encode(x, W, torch.zeros(512), 32, backend="triton")
     assert taken
     chunked = encode.topk_encode(x, W, torch.zeros(512), 32, None, path="chunked")
