@@ -172,7 +172,7 @@ def test_one_autoencoder_takes_the_path_that_was_measured_ahead(monkeypatch):
     assert encode.path_of((4096, 128), 32) == encode.path_of((1, 1), 1) == "grouped"
     for shape, k in (((4097, 128), 32), ((4096, 129), 32), ((4096, 128), 33)):
         assert encode.path_of(shape, k) == "chunked"
-    x, W = torch.randn(40, 128), torch.randn(512, 128)
+    x, W = torch.randn(3, 40), torch.randn(200, 40)
     taken = []
 
     def encode_rows(*arguments, of=encode.encode_rows, **options):
@@ -180,8 +180,8 @@ def test_one_autoencoder_takes_the_path_that_was_measured_ahead(monkeypatch):
         of(*arguments, **options)
 
     monkeypatch.setattr(encode, "encode_rows", encode_rows)
-    values, indices = rk.topk_encode(x, W, torch.zeros(512), 32, backend="triton")
+    values, indices = rk.topk_encode(x, W, torch.zeros(200), 9, backend="triton")
     assert taken
-    chunked = encode.topk_encode(x, W, torch.zeros(512), 32, None, path="chunked")
+    chunked = encode.topk_encode(x, W, torch.zeros(200), 9, None, path="chunked")
     assert torch.equal(indices, chunked[1])
     torch.testing.assert_close(values, chunked[0])
