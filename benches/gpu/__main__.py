@@ -3,7 +3,8 @@
 Builds for the present device, checks every operator against the reference, runs the value tests (fp32, bf16, fp16;
 determinism; CUDA graphs), measures, and puts a part of the tests through compute-sanitizer. Each stage is a process of
 its own and survives the failure of another; what it printed is in DIR, what it found in DIR/gpu.json, written anew
-after every stage. Exit status 0 when every stage ended well that tests or measures.
+after every stage. Exit status 0 when every stage ended well that tests or measures: no error in a row, and nothing
+outside its bound where results are compared (benches/gpu/rows.py).
 """
 
 from __future__ import annotations

@@ -52,14 +52,30 @@ def _on_the_cpu(run: Callable[[], Any], rounds: int, seconds: float) -> dict[str
 
 
 def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result, or {"error": why}: one contestant that does not fit into memory must not cost the others."""
+    """The result, or {"error": why}: one contestant that does not fit into memory must not cost the others. With
+    "lost" where no later call of this process can run on the device either."""
     try:
         return run()
     except torch.cuda.OutOfMemoryError as error:
-        return {"error": "out of memory: " + str(error).split(". ")[1]}
+        # The second sentence says how much was asked for.
+        return {"error": "out of memory: " + str(error).split(". ", 1)[-1].split(". ")[0]}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"}
+        found: dict[str, Any] = {
+            "error": f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+        }
+        return found | ({"lost": True} if device_is_lost() else {})
     finally:
         with contextlib.suppress(RuntimeError):  # after an illegal access every call raises
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def device_is_lost() -> bool:
+    """Whether the device takes no more calls: after an illegal access every call of the process fails."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

@@ -13,7 +13,6 @@ variant has in common with the shipped encoder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -27,7 +26,8 @@ from refusal_kernels.triton_kernels.launch import Tiles
 
 from ..problem import Problem
 from ..shapes import Shape
-from .clock import attempt, measure
+from .clock import measure
+from .rows import Rows
 
 # Rows, latents: as shipped; 32 MB, which an L2 holds, 256 and 512 MB. Three more shapes were between these.
 CHUNKS = (None, (4096, 2048), (8192, 8192), (16384, 8192))
@@ -62,11 +62,12 @@ def main(
         ran = measure(lambda: encode.topk_encode(*arguments, row_filter=row_filter, chunk=chunk), rounds)
         return {"same_latents": same.mean().item(), **ran}
 
+    rows = Rows(compared=device == "cuda", shape=str(sizes))
     for name, row_filter in filters(sizes.k):
         for chunk in CHUNKS:
             by = "chunks as shipped" if chunk is None else f"chunks of {chunk[0]} x {chunk[1]}"
-            result = attempt(lambda f=row_filter, c=chunk: timed(f, c))
-            print(json.dumps({"shape": str(sizes), "name": f"{name}, {by}", **result}), flush=True)
+            rows.attempt(f"{name}, {by}", lambda f=row_filter, c=chunk: timed(f, c))
+    rows.end()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ seconds; bf16. Two questions:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ from .. import torch_paths
 from ..problem import LR
 from . import peers
 from .clock import attempt, measure
+from .rows import Rows
 
 LORA_RANK = 16
 
@@ -79,19 +79,19 @@ def tokens(sizes: Sizes, sequences: int, length: int, device: torch.device) -> d
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def say(name: str, result: dict[str, Any], **more: Any) -> None:
-    """One JSON line; with `tokens`, their rate."""
+def say(rows: Rows, name: str, result: dict[str, Any], **more: Any) -> None:
+    """One row; with `tokens`, their rate."""
     if "ms" in result and "tokens" in more:
         result |= {"rate": more["tokens"] / result["ms"], "unit": "k tokens/s"}
-    print(json.dumps({"name": name, **more, **result}), flush=True)
+    rows.tell({"name": name, **more, **result})
 
 
-def sae_on_a_layer(model: nn.Module, sizes: Sizes, layer: int, device: torch.device, rounds: int) -> None:
+def sae_on_a_layer(rows: Rows, model: nn.Module, sizes: Sizes, layer: int, device: torch.device, rounds: int) -> None:
     batch = tokens(sizes, sizes.sequences, sizes.length, device)
     n = batch["input_ids"].numel()
     with capture(model, layers=[layer]) as cap:
         say(
-            f"forward and capture, up to layer {layer}",
+            rows, f"forward and capture, up to layer {layer}",
             attempt(lambda: measure(lambda: cap.run(batch), rounds)), tokens=n, layers=layer + 1,
         )  # fmt: skip
         x = cap.run(batch)[layer].to(torch.bfloat16)
@@ -110,12 +110,12 @@ def sae_on_a_layer(model: nn.Module, sizes: Sizes, layer: int, device: torch.dev
         return step
 
     shape = {"tokens": n, "shape": f"{n}x{x.shape[1]}x{sizes.latents}x{sizes.k}"}
-    say("SAE step, ours", attempt(lambda: measure(ours(), rounds)), **shape)
+    say(rows, "SAE step, ours", attempt(lambda: measure(ours(), rounds)), **shape)
     dense = lambda: measure(peers.autograd_step(torch_paths.dense_loss, x, leaves, sizes.k), rounds)  # noqa: E731
-    say("SAE step, dense", attempt(dense), **shape)
+    say(rows, "SAE step, dense", attempt(dense), **shape)
 
 
-def lora_step(model: nn.Module, sizes: Sizes, device: torch.device, rounds: int) -> None:
+def lora_step(rows: Rows, model: nn.Module, sizes: Sizes, device: torch.device, rounds: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=LORA_RANK, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
@@ -145,17 +145,17 @@ def lora_step(model: nn.Module, sizes: Sizes, device: torch.device, rounds: int)
     plan = rk.ProjectionPlan(entries)
     n = batch["input_ids"].numel()
     without = attempt(lambda: measure(step, rounds))
-    say("LoRA step", without, tokens=n, matrices=len(weights))
+    say(rows, "LoRA step", without, tokens=n, matrices=len(weights))
     projection = attempt(lambda: measure(plan.apply_, rounds))
     share = 100 * projection["ms"] / without["ms"] if "ms" in projection and "ms" in without else None
-    say("projection of its matrices", projection, matrices=len(weights), r=sizes.rank, percent_of_step=share)
+    say(rows, "projection of its matrices", projection, matrices=len(weights), r=sizes.rank, percent_of_step=share)
 
     def both() -> Tensor:
         loss = step()
         plan.apply_()
         return loss
 
-    say("LoRA step with projection", attempt(lambda: measure(both, rounds)), tokens=n, matrices=len(weights))
+    say(rows, "LoRA step with projection", attempt(lambda: measure(both, rounds)), tokens=n, matrices=len(weights))
 
 
 def main(
@@ -166,11 +166,12 @@ def main(
 ) -> None:
     """Prints one JSON object per line and measurement."""
     sizes, at = TINY if tiny else Sizes(), torch.device(device)
-    model = language_model(sizes, layers, at)
-    sae_on_a_layer(model, sizes, layers // 2, at, rounds)
+    rows, model = Rows(), language_model(sizes, layers, at)
+    sae_on_a_layer(rows, model, sizes, layers // 2, at, rounds)
     if at.type == "cuda":
         torch.cuda.empty_cache()
-    lora_step(model, sizes, at, rounds)
+    lora_step(rows, model, sizes, at, rounds)
+    rows.end()
 
 
 if __name__ == "__main__":

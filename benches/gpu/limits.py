@@ -7,7 +7,6 @@ torch.topk of k = 64 at 1.5e11 elements/s in bf16 and 0.9e11 in fp32; the chunk 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .clock import attempt, measure
+from .rows import Rows
 
 Case = tuple[str, str, float, Callable[[], Any]]  # name, unit, work in that unit times a millisecond, call
 
@@ -65,12 +65,14 @@ def sort() -> Iterator[Case]:
 
 def main() -> None:
     """One JSON object per line: name, unit, rate, milliseconds."""
+    rows = Rows(peers=True)
     for group in (copy, product, chunks, gather, selection, sort):
         for name, unit, work, run in group():
             result = attempt(lambda run=run: measure(run))
             if "ms" in result:
                 result["rate"] = work / result["ms"]
-            print(json.dumps({"name": name, "unit": unit, **result}), flush=True)
+            rows.tell({"name": name, "unit": unit, **result})
+    rows.end()
 
 
 if __name__ == "__main__":

@@ -92,8 +92,8 @@ def aux_flops(s: Shape) -> int:
 
 # Of a weight while a step runs: its fp32 parameter, two moments, the bf16 copy of autocast; PyTorch's also a gradient.
 STATE_BYTES = {
-    "ours": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18, "copies": 14, "cuda": 14,
-    "cuda-compact": 8,
+    "ours": 14, "default": 14, "dead": 14, "compact": 8, "sparse": 18, "dense": 18, "compile": 18, "copies": 14,
+    "cuda": 14, "cuda-compact": 8,
 }  # fmt: skip
 ACTIVATION_BYTES = {"dense": 4, "compile": 4, "sparse": 2}  # of a pre-activation, where all are kept
 

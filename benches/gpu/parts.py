@@ -14,12 +14,11 @@ from refusal_kernels.backends import BACKENDS
 from refusal_kernels.triton_kernels import csc, int8_screen
 from refusal_kernels.triton_kernels.backward import segment_length
 
-from .clock import attempt, measure
+from .clock import measure
+from .rows import Rows
 
 SAMPLE = 256  # rows whose encoding is compared
 PRODUCT_BYTES = 4 << 30  # of the product's output at a time
-
-Tell = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -37,56 +36,56 @@ class Operands:
         return rk.topk_encode(self.x, self.W_enc, self.b_enc, self.k, self.b_dec, backend=backend)
 
 
-def measure_parts(o: Operands, rounds: int, tell: Tell) -> None:
+def measure_parts(o: Operands, rounds: int, rows: Rows) -> None:
     """Rows of the Triton back-end, of PyTorch, and of the product alone."""
     n, k = o.x.shape[0], o.k
     n_latents, d = o.W_enc.shape
 
     def timed(name: str, run: Callable[[], Any]) -> None:
-        tell(name, attempt(lambda: measure(run, rounds)))
+        rows.attempt(name, lambda: measure(run, rounds))
 
     def alone() -> dict[str, Any]:
-        rows = min(n, max(1, PRODUCT_BYTES // (2 * n_latents)))
-        product = torch.empty(rows, n_latents, dtype=o.x.dtype, device=o.x.device)
+        block = min(n, max(1, PRODUCT_BYTES // (2 * n_latents)))
+        product = torch.empty(block, n_latents, dtype=o.x.dtype, device=o.x.device)
 
         def run() -> None:
-            for start in range(0, n, rows):
-                torch.mm(o.x[start : start + rows], o.W_enc.T, out=product[: min(rows, n - start)])
+            for start in range(0, n, block):
+                torch.mm(o.x[start : start + block], o.W_enc.T, out=product[: min(block, n - start)])
 
         return measure(run, rounds)
 
     def eager() -> tuple[Tensor, Tensor]:
         return torch.addmm(o.b_enc.to(o.x.dtype), o.x - o.b_dec.to(o.x.dtype), o.W_enc.T).relu_().topk(k, dim=1)
 
-    tell("product alone", attempt(alone))
+    rows.attempt("product alone", alone)
     timed("encode, torch", eager)
     timed("encode, ours", o.encode)
     backend: Any = BACKENDS["triton"]
     values, indices = o.encode()
-    tell("encode, agreement", attempt(lambda: agreement(o, values, indices)))
+    rows.attempt("encode, agreement", lambda: agreement(o, values, indices))
     e, _ = backend.decode_residual(o.x, values, indices, o.W_dec, o.b_dec)
     timed("decode + residual, ours", lambda: backend.decode_residual(o.x, values, indices, o.W_dec, o.b_dec))
     timed("decode, embedding_bag", lambda: torch.nn.functional.embedding_bag(
         indices, o.W_dec, mode="sum", per_sample_weights=values))  # fmt: skip
     timed("transpose, ours", lambda: csc.csc_from_indices(indices, n_latents, segment_length(n * k, d)))
-    tell("backward, ours", attempt(lambda: backward(o, e, values, indices, "triton", rounds)))
+    rows.attempt("backward, ours", lambda: backward(o, e, values, indices, "triton", rounds))
 
 
-def measure_others(o: Operands, rounds: int, tell: Tell) -> None:
+def measure_others(o: Operands, rounds: int, rows: Rows) -> None:
     """Rows of the back-ends that run by explicit request only."""
 
     def timed(name: str, run: Callable[[], Any]) -> None:
-        tell(name, attempt(lambda: measure(run, rounds)))
+        rows.attempt(name, lambda: measure(run, rounds))
 
     values, indices = o.encode()
     backend: Any = BACKENDS["triton"]
     e, _ = backend.decode_residual(o.x, values, indices, o.W_dec, o.b_dec)
     timed("decode, cuda", lambda: rk.sparse_decode(values, indices, o.W_dec, o.b_dec, backend="cuda"))
     timed("encode, cuda filter", lambda: o.encode("cuda"))
-    tell("encode, cuda filter, agreement", attempt(lambda: agreement(o, *o.encode("cuda"))))
-    tell("backward, cuda", attempt(lambda: backward(o, e, values, indices, "cuda", rounds)))
+    rows.attempt("encode, cuda filter, agreement", lambda: agreement(o, *o.encode("cuda")))
+    rows.attempt("backward, cuda", lambda: backward(o, e, values, indices, "cuda", rounds))
     timed("encode, int8 screen", lambda: o.encode("triton-int8"))
-    tell("encode, int8 screen, left", attempt(lambda: screened(o)))
+    rows.attempt("encode, int8 screen, left", lambda: screened(o))
 
 
 def backward(o: Operands, e: Tensor, values: Tensor, indices: Tensor, backend: str, rounds: int) -> dict[str, Any]:

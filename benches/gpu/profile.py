@@ -12,7 +12,6 @@ see that it runs; that says nothing about a GPU.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from ..problem import Problem
 from ..shapes import Shape
 from . import heads, sae
 from .clock import attempt, measure
+from .rows import Rows
 
 STEPS = 5  # under the profiler
 LEAST_PERCENT = 1.0
@@ -110,7 +110,7 @@ def main(
         x, parameters = heads.inputs(sizes, head_count, device)
     else:
         x = Problem(sizes, device, distinct=False).x.to(torch.bfloat16)
-    named = f"{head_count} x {sizes}" if head_count else str(sizes)
+    told = Rows(shape=f"{head_count} x {sizes}" if head_count else str(sizes))
 
     for column in columns.split():
 
@@ -123,8 +123,9 @@ def main(
 
         found = attempt(run)
         for row in found.get("rows", [{"name": "step", **found}]):
-            print(json.dumps({"shape": named, "column": column, **row}), flush=True)
+            told.tell({"column": column, **row})
         torch._dynamo.reset()
+    told.end()
 
 
 if __name__ == "__main__":

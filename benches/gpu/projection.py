@@ -13,7 +13,6 @@ beside what the host does: fused AdamW 0.27 ms at any r; AdamW, then the project
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import refusal_kernels as rk
 
 from .. import projected_adam, projection
 from .clock import attempt, measure
+from .rows import Rows
 
 RANKS = (8, 64, 128)
 
@@ -52,9 +52,8 @@ def main() -> None:
     """One JSON object per line and column."""
     torch.backends.cuda.matmul.allow_tf32 = False
 
-    def tell(row: dict[str, Any]) -> None:
-        print(json.dumps(row), flush=True)
-
+    rows = Rows()
+    tell = rows.tell
     for rank in RANKS:
         entries = projection.problem(32, rank, "cuda")
         names = projection.columns(entries, "triton")
@@ -84,6 +83,7 @@ def main() -> None:
             row = {"r": rank, "error": off, "name": f"optimizer, {name}"}
             tell({**row, **attempt(lambda run=run: measure(run, 20))})
         del entries, names, made, steps
+    rows.end()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ parts      the product x W_enc^T alone (the floor of any exact encoder without l
            residual, the transpose, the backward, each on the Triton back-end beside PyTorch's
 ours       `sae_step`, the optimiser inside
 dense      PyTorch eager
+default    ours with the options that SAEAdam has by default: the gradient along a decoder row is taken out. The peers
+           leave it in, and so do all other columns
 compact    ours with state in 8 bytes a weight: master weights in halves, bf16 moments
 dead       ours with a tenth of the latents dead, for AuxK
 sparse     topk, embedding_bag, index_add_
@@ -16,7 +18,8 @@ others     the parts on back-ends that run by explicit request only: CUDA's row 
            screen
 
 What is timed is compared: the encoder with a stable sort of fp32 pre-activations on sampled rows, the first losses of
-all steps with each other. A column that the device has no memory for says so.
+all steps with each other, within the bounds of benches/gpu/rows.py. A column that the device has no memory for says so;
+any other error, and a comparison outside its bound, is the command's exit status after all columns have run.
 
 With TRITON_INTERPRET=1 and `--device cpu --shape 2,16,32,2` every column runs through without a GPU, in a minute, to
 see that it does; bf16 numbers mean nothing there.
@@ -24,7 +27,6 @@ see that it does; bf16 numbers mean nothing there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -38,10 +40,11 @@ from .. import torch_paths
 from ..problem import LR, Problem
 from ..shapes import Shape
 from . import parts, peers
-from .clock import attempt, measure
+from .clock import measure
 from .model import least_step_bytes
+from .rows import Rows
 
-STEPS = ("ours", "dense", "compact", "dead", "sparse", "compile", "copies", "cuda", "cuda-compact")
+STEPS = ("ours", "dense", "compact", "default", "dead", "sparse", "compile", "copies", "cuda", "cuda-compact")
 COPIES: dict[str, Any] = {"copy_dtype": torch.bfloat16}
 COMPACT: dict[str, Any] = {"split_master": True, "moment_dtype": torch.bfloat16}
 
@@ -55,7 +58,7 @@ def leaves_of(shape: Shape, device: str, halves: bool) -> list[Tensor]:
 def our_step(
     x: Tensor, leaves: list[Tensor], k: int, dead: Tensor | None = None, backend: str = "triton", **state: Any
 ) -> Callable[[], Tensor]:
-    optimizer = rk.SAEAdam(*leaves, lr=LR, remove_parallel_grad=False, **state)
+    optimizer = rk.SAEAdam(*leaves, lr=LR, **{"remove_parallel_grad": False, **state})
 
     def call() -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
@@ -78,6 +81,7 @@ def steps(x: Tensor, shape: Shape) -> dict[str, tuple[str, Callable[[list[Tensor
         "ours": ("step, ours", lambda leaves: our_step(x, leaves, k)),
         "dense": ("step, dense", lambda leaves: peers.autograd_step(torch_paths.dense_loss, x, leaves, k)),
         "compact": ("step, ours compact", lambda leaves: our_step(x, leaves, k, **COMPACT)),
+        "default": ("step, ours, default options", lambda leaves: our_step(x, leaves, k, remove_parallel_grad=True)),
         "dead": ("step, ours, a tenth dead", dead),
         "sparse": ("step, sparse", lambda leaves: peers.sparse_step(x, leaves, k)),
         "compile": ("step, compile", compiled),
@@ -100,18 +104,16 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
     problem = Problem(shape, device, distinct=False)
     x = problem.x.to(torch.bfloat16)
 
-    def tell(name: str, result: dict[str, Any]) -> None:
-        print(json.dumps({"shape": str(shape), "name": name, **result}), flush=True)
-
+    rows = Rows(compared=device == "cuda", shape=str(shape))
     if "parts" in columns or "others" in columns:
         operands = parts.Operands(
             x, problem.W_enc.to(torch.bfloat16), problem.b_enc, problem.W_dec.to(torch.bfloat16), problem.b_dec, shape.k
         )
         del problem  # the fp32 weights: at F = 2^20 they do not fit beside everything else
         if "parts" in columns:
-            parts.measure_parts(operands, rounds, tell)
+            rows.section("parts", lambda: parts.measure_parts(operands, rounds, rows))
         if "others" in columns:
-            parts.measure_others(operands, rounds, tell)
+            rows.section("others", lambda: parts.measure_others(operands, rounds, rows))
         del operands
     else:
         del problem
@@ -124,15 +126,16 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
             continue
         needs = least_step_bytes(column, shape)
         if has is not None and needs > has:
-            tell(name, {"error": f"needs at least {needs / 1e9:.0f} GB; the device has {has / 1e9:.0f}"})
+            rows.tell({"name": name, "error": f"needs at least {needs / 1e9:.0f} GB; the device has {has / 1e9:.0f}"})
             continue
 
         def run(column: str = column, make: Any = make) -> dict[str, Any]:
             call = make(leaves_of(shape, device, halves=column.endswith("compact")))
             return {"first_loss": float(call()), **measure(call, rounds)}
 
-        tell(name, attempt(run))
+        rows.attempt(name, run)
         torch._dynamo.reset()
+    rows.end()
 
 
 def main(

@@ -72,7 +72,7 @@ def row(entry: dict[str, Any]) -> str:
     for key in ("same_latents", "value_error", "first_loss", "percent_of_step"):
         if entry.get(key) is not None:
             text += f"  {key} {entry[key]:.6g}"
-    return text
+    return text + (f"  FAULT: {entry['fault']}" if "fault" in entry else "")
 
 
 def newest(folder: Path = KEPT) -> dict[str, Any]:

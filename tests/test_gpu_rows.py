@@ -1,0 +1,170 @@
+"""What the stages of `python -m benches.gpu` print, and which rows make one fail (benches/gpu/rows.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
+
+from benches.gpu import clock, stages, table  # noqa: E402
+from benches.gpu.rows import LEAST_SAME, LOSS_ERROR, PEERS, VALUE_ERROR, Rows, fault  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"name": "step, ours", "ms": 1.0, "first_loss": 2.0}, None),
+        ({"name": "step, ours", "error": "needs at least 189 GB; the device has 84"}, None),
+        ({"name": "step, dense", "error": "out of memory: Tried to allocate 2.00 GiB"}, None),
+        ({"name": "step, ours", "error": "out of memory: Tried to allocate 2.00 GiB"}, "out of memory"),
+        ({"name": "step, dense", "error": "RuntimeError: shapes"}, "RuntimeError: shapes"),
+        ({"name": "step, cuda", "error": "BackendError: cannot run"}, "BackendError"),
+        ({"name": "ours", "ms": math.nan}, "nan ms"),
+        ({"name": "a", "same_latents": LEAST_SAME, "value_error": VALUE_ERROR}, None),
+        ({"name": "a", "same_latents": LEAST_SAME - 1e-6}, "same_latents 0.998999, at least 0.999"),
+        ({"name": "a", "same_latents": math.nan}, "same_latents"),
+        ({"name": "a", "same_latents": 1.0, "value_error": 0.01}, "value_error 0.01"),
+        ({"name": "a", "first_loss": math.inf}, "first_loss inf"),
+        ({"name": "a", "first_loss": 2 * (1 + LOSS_ERROR / 2)}, None),
+        ({"name": "a", "first_loss": 2 * (1 + LOSS_ERROR * 1.01)}, "first_loss 2.00789 where another column has 2"),
+        ({"name": "a", "first_loss": 2 * (1 - LOSS_ERROR * 1.01)}, "first_loss"),
+        ({"name": "step, ours, a tenth dead", "first_loss": 6.0}, None),  # with AuxK's term
+        ({"name": "step, ours, a tenth dead", "first_loss": 1.9}, "first_loss"),
+        ({"name": "ours", "error": 5e-8, "ms": 1.0}, None),  # a deviation, in the rows of the projection
+    ],
+)
+def test_a_row_is_a_fault_by_its_error_or_by_what_was_compared(row: dict[str, Any], why: str | None) -> None:
+    found = fault(row, reference=2.0)
+    assert (found is None) == (why is None), found
+    assert why is None or (found or "").startswith(why)
+
+
+def test_a_trial_on_a_cpu_compares_nothing() -> None:
+    assert fault({"name": "a", "same_latents": 0.0, "first_loss": math.nan}, 2.0, compared=False) is None
+    assert fault({"name": "a", "error": "ValueError"}, compared=False) == "ValueError"
+
+
+def test_the_committed_runs_are_within_the_bounds() -> None:
+    """They hold on a GPU: chosen from these runs, and no row of them may be outside."""
+    seen = 0
+    for path in table.KEPT.glob("*.json"):
+        for stage in json.loads(path.read_text())["stages"].values():
+            reference = None
+            for row in stage["result"] if isinstance(stage["result"], list) else []:
+                if not isinstance(row.get("error"), str):
+                    assert fault(row, reference) is None
+                    reference = reference or row.get("first_loss")
+                    seen += bool({"same_latents", "first_loss"} & row.keys())
+    assert seen > 30
+
+
+def test_all_rows_are_printed_and_then_the_stage_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Rows(shape="s")
+    rows.attempt("step, ours", lambda: {"ms": 1.0, "first_loss": 2.0})
+    rows.attempt("step, cuda", lambda: {"ms": 1.0, "first_loss": 2.1})
+    rows.attempt("backward, ours", lambda: {"ms": 1 / 0})
+    rows.section("others", lambda: [][0])
+    rows.attempt("later", lambda: {"ms": 3.0})
+    with pytest.raises(SystemExit) as ended:
+        rows.end()
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    found = stages.json_lines(said)
+    assert [row["name"] for row in found] == ["step, ours", "step, cuda", "backward, ours", "others", "later"]
+    assert ["fault" in row for row in found] == [False, True, True, True, False]
+    assert {row["shape"] for row in found} == {"s"}
+    assert said.splitlines()[-3].startswith("fault: step, cuda: first_loss 2.1 where another column has 2")
+    good = Rows()
+    good.attempt("later", lambda: {"ms": 3.0})
+    good.end()
+
+
+def test_others_code_may_lack_memory_and_ours_may_not(capsys: pytest.CaptureFixture[str]) -> None:
+    def lacking() -> dict[str, Any]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    limits = Rows(peers=True)
+    limits.attempt("copy", lacking)
+    limits.end()
+    rows = Rows()
+    rows.attempt("step, sparse", lacking)
+    rows.end()
+    rows.attempt("step, ours", lacking)
+    with pytest.raises(SystemExit):
+        rows.end()
+    assert stages.json_lines(capsys.readouterr().out)[0]["error"] == "out of memory: Tried to allocate 2.00 GiB"
+
+
+def test_after_an_illegal_access_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every later call of the process fails too: none is tried."""
+
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(clock, "device_is_lost", lambda: True)
+    rows = Rows()
+    rows.attempt("encode, ours", lambda: {"ms": 1.0})
+    with pytest.raises(SystemExit) as ended:
+        rows.attempt("decode, ours", broken)
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert [row["name"] for row in stages.json_lines(said)] == ["encode, ours", "decode, ours"]
+    assert "lost" not in stages.json_lines(said)[1]
+    assert said.count("lost the device") == 1
+
+
+def test_a_device_is_lost_where_it_takes_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", refused)
+    assert clock.device_is_lost()
+    assert clock.attempt(refused)["lost"]  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert not clock.device_is_lost()
+    assert "lost" not in clock.attempt(refused)  # type: ignore[arg-type]
+
+
+def test_peers_are_rows_that_are_measured() -> None:
+    """A row renamed in a benchmark and not here would fail a run on a small device."""
+    sources = "".join(path.read_text() for path in (ROOT / "benches").rglob("*.py") if path.name != "rows.py")
+    for name in PEERS:
+        assert f'"{name.removeprefix("optimizer, ")}"' in sources, name
+
+
+def test_a_stage_of_rows_with_a_fault_fails(tmp_path: Path) -> None:
+    said = "from benches.gpu.rows import Rows; r = Rows(); r.tell({'name': 'a', 'same_latents': 0.5}); "
+    said += "r.tell({'name': 'b', 'ms': 1.0}); r.end()"
+    found = stages.run(stages.Stage("rows", stages.python("-c", said), 60, 5, stages.json_lines), tmp_path, 60)
+    assert found["status"] == "failed: exit 1"
+    assert [row["name"] for row in found["result"]] == ["a", "b"]
+    assert found["result"][0]["fault"] == "same_latents 0.5, at least 0.999"
+
+
+def test_the_parts_of_a_step_run_in_the_interpreter() -> None:
+    """As far as the host goes, every row; what needs a device is refused, and that is the exit status."""
+    command = [sys.executable, "-m", "benches.gpu.sae", "--device", "cpu", "--shape", "2,16,32,2", "--rounds", "1"]
+    run = subprocess.run(
+        [*command, "--columns", "parts default dense cuda"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    found = stages.json_lines(run.stdout)
+    assert [row["name"] for row in found if "fault" in row] == ["step, cuda, Adam inside"], run.stderr
+    assert run.returncode == 1
+    assert {"encode, agreement", "backward, ours", "step, ours, default options", "step, dense"} <= {
+        row["name"] for row in found
+    }
