@@ -139,6 +139,75 @@ def test_a_device_is_lost_where_it_takes_no_call(monkeypatch: pytest.MonkeyPatch
     assert "lost" not in clock.attempt(refused)  # type: ignore[arg-type]
 
 
+class Device:
+    """A device by the clock: kernels end when their time has come, the host's clock advances by what `run` takes."""
+
+    def __init__(self, host: float) -> None:
+        self.host, self.now, self.free, self.held = host, 0.0, 0.0, list[float]()
+
+    def sleep(self, cycles: int) -> None:
+        self.held.append(cycles / 1e6)
+        self.free = max(self.free, self.now) + cycles / 1e6
+
+    def run(self) -> None:
+        self.now += self.host
+        self.free = max(self.free, self.now) + 0.25
+
+    def event(device, enable_timing: bool) -> Any:
+        class Event:
+            def record(self) -> None:
+                self.at = max(device.free, device.now)
+
+            def query(self) -> bool:
+                return device.now >= self.at
+
+            def synchronize(self) -> None:
+                device.now = max(device.now, self.at)
+
+            def elapsed_time(self, other: Event) -> float:
+                return other.at - self.at
+
+        return Event()
+
+    def put_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Clock:
+            perf_counter = staticmethod(lambda: self.now / 1e3)
+
+        class Flush:
+            def zero_(self) -> None: ...
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(self, "now", max(self.now, self.free)))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch, "empty", lambda *size, device: Flush())
+        monkeypatch.setattr(clock, "time", Clock)
+
+
+def test_behind_other_work_a_call_takes_what_the_device_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(host=4.0)
+    device.put_in(monkeypatch)
+    found = clock.behind_other_work(device.run, rounds=3)
+    assert found == {"ms": pytest.approx(0.25), "calls": [pytest.approx(0.25)] * 3, "host_ms": pytest.approx(4.0)}
+    assert device.held[-1] == pytest.approx(clock.HOLD * 4.0)
+
+
+def test_a_host_that_is_not_ahead_is_said_and_no_time_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for the device inside the call: holding the device longer does not help."""
+    device = Device(host=4.0)
+    device.put_in(monkeypatch)
+
+    def waiting() -> None:
+        device.run()
+        torch.cuda.synchronize()
+
+    found = clock.behind_other_work(waiting, rounds=3)
+    assert set(found) == {"error"}
+    assert found["error"].startswith(clock.NOT_AHEAD)
+    assert max(device.held) <= clock.LONGEST_HOLD
+    assert fault({"name": "ours, queue full", **found}) is None
+
+
 def test_peers_are_rows_that_are_measured() -> None:
     """A row renamed in a benchmark and not here would fail a run on a small device."""
     sources = "".join(path.read_text() for path in (ROOT / "benches").rglob("*.py") if path.name != "rows.py")

@@ -41,6 +41,69 @@ def measure(run: Callable[[], Any], rounds: int = 10, seconds: float = 3.0) -> d
     return {"ms": statistics.median(calls), "calls": [round(c, 4) for c in calls], "extra_mb": round(extra / 1e6, 1)}
 
 
+HOLD = 3.0  # times what the host takes to enqueue a call: the device is held that long, and twice that where too short
+NOT_AHEAD = "the host was not ahead of the device"
+LONGEST_HOLD = 200.0  # milliseconds; a call that the host is not through with by then waits for the device itself
+
+
+def behind_other_work(run: Callable[[], Any], rounds: int = 10, seconds: float = 3.0) -> dict[str, Any]:
+    """As `measure`, with the device busy while the host enqueues the call: what the call takes of a device that others
+    keep busy, as a training step does. `measure` finds the device idle, so that of a call of few short kernels it
+    measures the host.
+
+    A kernel that does nothing but wait goes before the start event, for as long as the host needs and longer. That the
+    host was ahead is seen from the start event, which must not have come when the whole call was enqueued; such calls
+    alone count. {"error": why} where there was none. Adds "host_ms", what the host took to enqueue a call.
+    """
+    if not torch.cuda.is_available():
+        return _on_the_cpu(run, rounds, seconds)
+    flush = torch.empty(FLUSH_BYTES >> 2, device="cuda")
+    run()
+    torch.cuda.synchronize()
+    cycles = _cycles_of_a_millisecond()
+    began = time.perf_counter()
+    run()
+    hold = max(1.0, HOLD * 1e3 * (time.perf_counter() - began))
+    torch.cuda.synchronize()
+    calls: list[float] = []
+    hosts: list[float] = []
+    left = time.perf_counter() + seconds
+    while len(calls) < rounds and hold <= LONGEST_HOLD and (not calls or time.perf_counter() < left):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(int(hold * cycles))
+        start.record()
+        began = time.perf_counter()
+        result = run()
+        host = 1e3 * (time.perf_counter() - began)
+        end.record()
+        ahead = not start.query()
+        end.synchronize()
+        del result
+        if ahead:
+            calls.append(start.elapsed_time(end))
+            hosts.append(host)
+        else:
+            hold *= 2
+    if not calls:
+        return {"error": f"{NOT_AHEAD}, which was held for {hold / 2:.0f} ms"}
+    return {
+        "ms": statistics.median(calls), "calls": [round(c, 4) for c in calls],
+        "host_ms": round(statistics.median(hosts), 4),
+    }  # fmt: skip
+
+
+def _cycles_of_a_millisecond() -> float:
+    """Of `torch.cuda._sleep`, whose unit is the device's clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1000)  # the first launch loads the kernel
+    start.record()
+    torch.cuda._sleep(1_000_000)
+    end.record()
+    end.synchronize()
+    return 1_000_000 / start.elapsed_time(end)
+
+
 def _on_the_cpu(run: Callable[[], Any], rounds: int, seconds: float) -> dict[str, Any]:
     run()
     calls: list[float] = []

@@ -1,10 +1,10 @@
 """`python -m benches.gpu.profile --shape N,d,F,k`: where the milliseconds of a training step go, kernel by kernel.
 
 `torch.profiler` over a few steps of the columns of benches.gpu.sae, in the same process and after the calls that
-compile and warm up; with --heads autoencoders of benches.gpu.heads in one call. A row per kernel: milliseconds and
-launches per step, percent of the GPU's time in it; what is below 1 % is added up as "rest". The row "step" has the
-milliseconds of the same step without the profiler, and what all kernels of it take together: between the two the GPU
-waited.
+compile and warm up; with --heads autoencoders of benches.gpu.heads in one call; with `--rank R` in the place of a shape
+the projection of benches.gpu.projection and the optimizers on its matrices. A row per kernel: milliseconds and launches
+per step, percent of the GPU's time in it; what is below 1 % is added up as "rest". The row "step" has the milliseconds
+of the same step without the profiler, and what all kernels of it take together: between the two the GPU waited.
 
 With TRITON_INTERPRET=1 and `--device cpu --shape 2,16,32,2` PyTorch's operators on the host stand in for kernels, to
 see that it runs; that says nothing about a GPU.
@@ -12,6 +12,7 @@ see that it runs; that says nothing about a GPU.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,11 +24,16 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+import refusal_kernels as rk
+
+from .. import projected_adam, projection
 from ..problem import Problem
 from ..shapes import Shape
 from . import heads, sae
 from .clock import attempt, measure
 from .rows import Rows
+
+Step = Callable[[], Any]
 
 STEPS = 5  # under the profiler
 LEAST_PERCENT = 1.0
@@ -94,30 +100,61 @@ def leaves_of_heads(parameters: list[Tensor], halves: bool) -> list[Tensor]:
     return [p.requires_grad_() for p in made]
 
 
-def main(
-    shape: Annotated[str, typer.Option(help="N,d,F,k; of one head with --heads.")],
-    columns: Annotated[str, typer.Option(help=f"Of {', '.join(sae.STEPS)}.")] = "ours compact cuda",
-    head_count: Annotated[int, typer.Option("--heads", min=0, help="Autoencoders in one call; 0: no head axis.")] = 0,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls without the profiler at most.")] = 5,
-    device: Annotated[str, typer.Option(help="cuda, or cpu under Triton's interpreter, to see that it runs.")] = "cuda",
-) -> None:
-    """Prints one JSON object per line, column and kernel."""
-    sizes = Shape.parse(shape)
-    if unknown := set(columns.split()) - set(sae.STEPS):
-        raise typer.BadParameter(f"no such column: {', '.join(sorted(unknown))}", param_hint="--columns")
-    torch.backends.cuda.matmul.allow_tf32 = False
+def of_steps(sizes: Shape, columns: list[str], head_count: int, device: str) -> dict[str, Callable[[], Step]]:
+    """Column -> what makes one step of it."""
     if head_count:
         x, parameters = heads.inputs(sizes, head_count, device)
     else:
         x = Problem(sizes, device, distinct=False).x.to(torch.bfloat16)
-    told = Rows(shape=f"{head_count} x {sizes}" if head_count else str(sizes))
 
-    for column in columns.split():
+    def made(column: str) -> Step:
+        halves = column.endswith("compact")
+        leaves = leaves_of_heads(parameters, halves) if head_count else sae.leaves_of(sizes, device, halves)
+        return sae.steps(x, sizes)[column][1](leaves)
 
-        def run(column: str = column) -> dict[str, Any]:
-            halves = column.endswith("compact")
-            made = leaves_of_heads(parameters, halves) if head_count else sae.leaves_of(sizes, device, halves)
-            call = sae.steps(x, sizes)[column][1](made)
+    return {column: functools.partial(made, column) for column in columns}
+
+
+def of_projection(rank: int, device: str) -> tuple[str, dict[str, Callable[[], Step]]]:
+    """The same of the 448 LoRA matrices, with what they are called; on a CPU of one layer's, on the back-end there."""
+    on_gpu = device == "cuda"
+    entries = projection.problem(32 if on_gpu else 1, rank, device)
+    backends = {"ours": "triton", "ours, cuda": "cuda"} if on_gpu else {"ours": None}
+
+    def made(backend: str | None) -> Step:
+        return rk.ProjectionPlan(entries, backend=backend).apply_
+
+    steps, _ = projected_adam.columns(entries, backends["ours"])
+    makers: dict[str, Callable[[], Step]] = {name: functools.partial(made, which) for name, which in backends.items()}
+    makers |= {f"optimizer, {name}": (lambda step=step: step) for name, step in steps.items()}  # type: ignore[misc]
+    return f"{len(entries)} LoRA matrices, r = {rank}", makers
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="N,d,F,k; of one head with --heads.")] = "",
+    columns: Annotated[str, typer.Option(help=f"Of {', '.join(sae.STEPS)}; with --shape.")] = "ours compact cuda",
+    head_count: Annotated[int, typer.Option("--heads", min=0, help="Autoencoders in one call; 0: no head axis.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Columns of the projection's bases, instead of a shape.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls without the profiler at most.")] = 5,
+    device: Annotated[str, typer.Option(help="cuda, or cpu under Triton's interpreter, to see that it runs.")] = "cuda",
+) -> None:
+    """Prints one JSON object per line, column and kernel."""
+    if bool(shape) == bool(rank):
+        raise typer.BadParameter("one of --shape and --rank is needed")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if rank:
+        named, made = of_projection(rank, device)
+    else:
+        sizes = Shape.parse(shape)
+        if unknown := set(columns.split()) - set(sae.STEPS):
+            raise typer.BadParameter(f"no such column: {', '.join(sorted(unknown))}", param_hint="--columns")
+        named = f"{head_count} x {sizes}" if head_count else str(sizes)
+        made = of_steps(sizes, columns.split(), head_count, device)
+    told = Rows(shape=named)
+    for column, make in made.items():
+
+        def run(make: Callable[[], Step] = make) -> dict[str, Any]:
+            call = make()
             wall = measure(call, rounds)["ms"]
             return {"rows": rows(kernels(call, device), wall)}
 
