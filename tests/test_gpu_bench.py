@@ -157,7 +157,8 @@ def test_no_stage_takes_the_time_of_a_later_one(monkeypatch: pytest.MonkeyPatch)
     assert [stage for group in by_time for stage in group] == everything
     assert sum(max(stage.share for stage in group) for group in by_time) <= 8 * 60 - 15, "what no stage may count on"
     assert [[s.name for s in group if not s.helps] for group in by_time if len(group) > 1] == [
-        ["build"], ["check", "memcheck", "racecheck", "racecheck cuda"],
+        ["build"],
+        ["check", *(f"{tool}{kind}" for tool in ("memcheck", "racecheck") for kind in ("", " heads, 8 bit", " cuda"))],
     ]  # fmt: skip
     left = 8 * 60.0  # and every stage takes all it is given
     for i, group in enumerate(by_time):
@@ -177,23 +178,36 @@ def test_what_is_tested_and_aimed_at_comes_first(monkeypatch: pytest.MonkeyPatch
     targets = [name for name in names if name.startswith(("sae", "others", "projection", "heads", "end to end"))]
     assert len(targets) == len(stages.COLUMNS) + 4
     assert max(map(names.index, targets)) < names.index("profile heads") < names.index("encode")
-    assert [name for name in names if name.startswith("profile")] == [f"profile {CANONICAL_TEXT}", "profile heads"]
+    assert [name for name in names if name.startswith("profile")] == [
+        f"profile {CANONICAL_TEXT}", "profile heads", "profile projection",
+    ]  # fmt: skip
+    spare = [stage for stage in stages.stages(quick=False) if stage.spare]
+    assert [stage.name for stage in spare] == names[-len(spare) :], "what runs in the time that is left runs last"
+    assert {stage.share for stage in spare} == {0}
+    assert [Shape.parse(text) in {Shape.parse(shape) for shape in stages.COLUMNS} for text in stages.MORE_COLUMNS]
 
 
-def test_racecheck_sees_every_operator_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two processes: of a test's back-ends each has one."""
+def test_sanitizers_see_every_operator_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test in one process of a tool; racecheck the same tests in bf16."""
     monkeypatch.setattr(stages.shutil, "which", lambda tool, path: tool)
-    by_name = {
-        stage.name: [*stage.command][[*stage.command].index("gpu and sanitizer") - 1 :] for stage in stages.sanitizers()
-    }
-    memcheck, triton, cuda = collected(*(by_name[name] for name in ("memcheck", "racecheck", "racecheck cuda")))
-    assert set(triton) | set(cuda) < set(memcheck)
-    assert not set(triton) & set(cuda)
-    functions = [{name.partition("[")[0] for name in names} for names in (memcheck, [*triton, *cuda])]
+    names = [stage.name for stage in stages.sanitizers()]
+    everything, *found = collected(
+        ["-m", "gpu and sanitizer", "tests/test_gpu.py"],
+        *([*stage.command][[*stage.command].index("gpu and sanitizer") - 1 :] for stage in stages.sanitizers()),
+    )
+    of = dict(zip(names, found, strict=True))
+    checked = {tool: [t for name in names if name.startswith(tool) for t in of[name]] for tool in ("mem", "race")}
+    assert sorted(checked["mem"]) == sorted(everything)
+    assert len(checked["race"]) == len(set(checked["race"]))
+    functions = [{name.partition("[")[0] for name in tests} for tests in checked.values()]
     assert functions[0] == functions[1]
-    assert {re.split("-|\\]", name)[-2] for name in triton if "-" in name} == {"triton"}
-    assert 2 < len(triton) < 5
-    assert 2 < len(cuda) < 6
+    assert not [name for name in checked["race"] if "dtype0" in name.replace("index_dtype0", "")]
+    assert max(len(of[name]) for name in names if name.startswith("race")) < 6
+    source = (ROOT / "tests/test_gpu.py").read_text()
+    small = source.split("@pytest.mark.sanitizer")[1:]
+    reached = "".join(part.partition("\n\n\n")[0] for part in small)
+    for test in ("everything", "codes_of_any_length", "heads_once", "triton-int8", "ProjectionPlan", "ProjectedAdamW"):
+        assert test in reached, f"no sanitized test of {test}"
 
 
 def test_options_of_every_stage_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +243,7 @@ def shapes_in(command: Sequence[str]) -> list[str]:
 
 @pytest.mark.parametrize(("broken", "code"), [("a help", 0), ("measured", 1)])
 def test_a_run_fails_by_what_tests_and_measures_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str, code: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str, code: int
 ) -> None:
     def stage(name: str, helps: bool = False, slot: str = "") -> stages.Stage:
         said = "print('{\"ms\": 1}'); raise SystemExit(" + str(int(name == broken)) + ")"
@@ -243,12 +257,45 @@ def test_a_run_fails_by_what_tests_and_measures_alone(
         with pytest.raises(SystemExit) as ended:
             gpu.main(tmp_path / "out", minutes=1)
         assert ended.value.code == code
+        assert "not ended well: measured" in capsys.readouterr().out
     else:
         gpu.main(tmp_path / "out", minutes=1)
     kept = json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
     assert {name: found["status"] for name, found in kept.items()} == {
         fake.name: "failed: exit 1" if fake.name == broken else "ok" for fake in fakes
     }
+
+
+def test_a_spare_stage_may_be_cut_short_but_not_fail() -> None:
+    spare, plain, helping = (
+        stages.Stage("a", [], 1, 0, stages.json_lines, **{flag: True} if flag else {})  # type: ignore[arg-type]
+        for flag in ("spare", "", "helps")
+    )
+    by_status = {
+        status: [gpu.fails(stage, status) for stage in (spare, plain, helping)]
+        for status in ("ok", "stopped after 9 s", "no time left", "failed: exit 1")
+    }
+    assert by_status == {
+        "ok": [False, False, False],
+        "stopped after 9 s": [False, True, False],
+        "no time left": [False, True, False],
+        "failed: exit 1": [True, True, False],
+    }
+
+
+def test_a_broken_triton_costs_no_other_stage() -> None:
+    """Neither the list of stages nor the command that runs them imports it."""
+    alone = "import sys; sys.modules['triton'] = None; from benches.gpu import __main__ as gpu, stages; "
+    alone += "stages.architecture = lambda: '9.0a'; print(len(stages.stages(False))); print(len(gpu.kernels()))"
+    run = subprocess.run([sys.executable, "-c", alone], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    count, why, kernels = run.stdout.splitlines()
+    assert int(count) > 20
+    assert why.startswith("no fingerprints of Triton's kernels: ")
+    assert int(kernels) == len(status.cuda_sources())
+    assert {*stages.GROUPED_PATHS, "chunked"} == set(
+        importlib.import_module("refusal_kernels.triton_kernels.encode").PATHS
+    )
 
 
 def test_every_column_is_measured_and_its_memory_is_known() -> None:
@@ -258,7 +305,8 @@ def test_every_column_is_measured_and_its_memory_is_known() -> None:
     assert set(model.STATE_BYTES) == set(sae.STEPS)
     assert model.least_step_bytes("dense", first[0]) == 18 * 2 * 2**29 + 4 * 2**32
     weights = 2 * 4096 * 2**20
-    assert [model.least_step_bytes(column, largest[0]) for column in largest[1][1:]] == [8 * weights, 14 * weights]
+    assert [model.least_step_bytes(column, largest[0]) for column in largest[1][1:3]] == [8 * weights, 14 * weights]
+    assert min(model.least_step_bytes(column, largest[0]) for column in largest[1][3:]) > 154e9, "PyTorch's say so"
 
 
 def test_a_run_in_two_calls_is_one_result(tmp_path: Path) -> None:

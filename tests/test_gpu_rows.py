@@ -16,8 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches.gpu import clock, stages, table  # noqa: E402
+import refusal_kernels as rk  # noqa: E402
+from benches.gpu import clock, parts, stages, table  # noqa: E402
 from benches.gpu.rows import LEAST_SAME, LOSS_ERROR, PEERS, VALUE_ERROR, Rows, fault  # noqa: E402
+from benches.problem import Problem  # noqa: E402
+from benches.shapes import Shape  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,28 @@ def test_peers_are_rows_that_are_measured() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "benches").rglob("*.py") if path.name != "rows.py")
     for name in PEERS:
         assert f'"{name.removeprefix("optimizer, ")}"' in sources, name
+
+
+def test_codes_in_csr_form_are_compared_with_dense_sums(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = Problem(Shape(300, 32, 256, 8), distinct=False)
+    operands = parts.Operands(problem.x, problem.W_enc, problem.b_enc, problem.W_dec, problem.b_dec, 8)
+    rows = Rows()
+    with rk.use_backend("reference"):
+        parts.measure_csr(operands, 1, rows)
+        values, latents, offsets = rk.batch_topk_encode(problem.x, *problem.parameters[:2], 8, problem.b_dec)
+    rows.end()
+    found = {row["name"]: row for row in stages.json_lines(capsys.readouterr().out)}
+    assert set(found) == {
+        "encode, batch top-k", "encode, batch top-k, torch", "encode, threshold", "encode, batch top-k, agreement",
+        "encode, threshold, agreement", "decode, CSR",
+    }  # fmt: skip
+    least = values.min()
+    good = parts.csr_agreement(operands, (values, latents, offsets), least)
+    assert good["same_latents"] == 1
+    moved = parts.csr_agreement(operands, (values, (latents + 1) % 256, offsets), least)
+    assert moved["same_latents"] < 0.2
+    scaled = parts.csr_agreement(operands, (1.05 * values, latents, offsets), least)
+    assert scaled["value_error"] == pytest.approx(0.05, rel=0.01)
 
 
 def test_a_stage_of_rows_with_a_fault_fails(tmp_path: Path) -> None:

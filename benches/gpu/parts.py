@@ -88,6 +88,31 @@ def measure_others(o: Operands, rounds: int, rows: Rows) -> None:
     rows.attempt("encode, int8 screen, left", lambda: screened(o))
 
 
+def measure_csr(o: Operands, rounds: int, rows: Rows) -> None:
+    """Rows of codes with k latents per row on average: BatchTopK, a threshold that leaves as many, their decoder."""
+    weights = (o.W_enc, o.b_enc)
+    values, latents, offsets = rk.batch_topk_encode(o.x, *weights, o.k, o.b_dec)
+    least = values.min().float()
+
+    def eager() -> Any:
+        pre = torch.addmm(o.b_enc.to(o.x.dtype), o.x - o.b_dec.to(o.x.dtype), o.W_enc.T).relu_()
+        return pre.flatten().topk(o.x.shape[0] * o.k)
+
+    def timed(name: str, run: Callable[[], Any]) -> None:
+        rows.attempt(name, lambda: measure(run, rounds))
+
+    timed("encode, batch top-k", lambda: rk.batch_topk_encode(o.x, *weights, o.k, o.b_dec))
+    timed("encode, batch top-k, torch", eager)
+    timed("encode, threshold", lambda: rk.threshold_encode(o.x, *weights, least, o.b_dec))
+    code = (values, latents, offsets)
+    rows.attempt("encode, batch top-k, agreement", lambda: csr_agreement(o, code, least))
+    rows.attempt(
+        "encode, threshold, agreement",
+        lambda: csr_agreement(o, rk.threshold_encode(o.x, *weights, least, o.b_dec), least),
+    )
+    timed("decode, CSR", lambda: rk.sparse_decode_csr(*code, o.W_dec, o.b_dec))
+
+
 def backward(o: Operands, e: Tensor, values: Tensor, indices: Tensor, backend: str, rounds: int) -> dict[str, Any]:
     """sae_backward into gradients of its own."""
     n_latents, d = o.W_enc.shape
@@ -102,20 +127,42 @@ def backward(o: Operands, e: Tensor, values: Tensor, indices: Tensor, backend: s
     )  # fmt: skip
 
 
-def agreement(o: Operands, values: Tensor, indices: Tensor) -> dict[str, float]:
-    """Share of the sampled rows' latents that a stable sort of fp32 sums selects too, and the largest error of a value
-    relative to the row's first."""
+def sampled(o: Operands) -> tuple[Tensor, Tensor]:
+    """Numbers of SAMPLE rows, and their pre-activations after the ReLU in fp32 sums."""
     rows = torch.linspace(0, o.x.shape[0] - 1, min(SAMPLE, o.x.shape[0]), device=o.x.device).long()
     centred = o.x[rows].float() - o.b_dec
     pre = torch.empty(len(rows), o.W_enc.shape[0], device=o.x.device)
     for first in range(0, o.W_enc.shape[0], 1 << 16):
         part = slice(first, first + (1 << 16))
         pre[:, part] = torch.addmm(o.b_enc[part], centred, o.W_enc[part].float().T).relu_()
+    return rows, pre
+
+
+def agreement(o: Operands, values: Tensor, indices: Tensor) -> dict[str, float]:
+    """Share of the sampled rows' latents that a stable sort of fp32 sums selects too, and the largest error of a value
+    relative to the row's first."""
+    rows, pre = sampled(o)
     best = torch.sort(pre, dim=1, descending=True, stable=True)
     wanted = best.indices[:, : o.k]
     hit = (indices[rows, :, None] == wanted[:, None, :]).any(2)
     off = (values[rows].float() - pre.gather(1, indices[rows])).abs() / best.values[:, :1].clamp(min=1e-6)
     return {"same_latents": hit.float().mean().item(), "value_error": off.max().item()}
+
+
+def csr_agreement(o: Operands, code: tuple[Tensor, Tensor, Tensor], least: Tensor) -> dict[str, float]:
+    """Of the sampled rows' latents in the code and of those above `least` in fp32 sums the share that is in both, and
+    the largest error of a value relative to its row's largest. What is rounded to `least` in either counts as both."""
+    values, latents, offsets = code
+    rows, pre = sampled(o)
+    got = torch.zeros_like(pre)
+    for i, (start, end) in enumerate(zip(offsets[rows].tolist(), offsets[rows + 1].tolist(), strict=True)):
+        got[i, latents[start:end]] = values[start:end].float()
+    rounded = pre.to(values.dtype).float()
+    sure = (got > least) | (rounded > least)
+    both = (got > 0) & (rounded >= least)
+    same = (both & sure).sum() / sure.sum().clamp(min=1)
+    off = torch.where(both, (got - pre).abs(), 0).amax(1) / pre.amax(1).clamp(min=1e-6)
+    return {"same_latents": same.item(), "value_error": off.max().item()}
 
 
 def screened(o: Operands) -> dict[str, Any]:

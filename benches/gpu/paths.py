@@ -13,7 +13,6 @@ larger k.
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +23,7 @@ from refusal_kernels.triton_kernels import encode
 from ..problem import Problem
 from ..shapes import Shape
 from .clock import attempt, measure
+from .rows import Rows
 
 
 def numbers(text: str) -> list[int]:
@@ -62,7 +62,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu under Triton's interpreter, to see that it runs.")] = "cuda",
 ) -> None:
     """Prints one JSON object per line: each path at each shape, then what follows from them."""
-    rows: list[dict[str, Any]] = []
+    told, rows = Rows(compared=device == "cuda"), list[dict[str, Any]]()
     narrow = torch.bfloat16 if device == "cuda" else torch.float16  # the interpreter has no arithmetic in bf16
     for d, f, k in itertools.product(numbers(ds), numbers(fs), numbers(ks)):
         shape = Shape(n, d, f, k)
@@ -76,9 +76,10 @@ def main(
             timed = attempt(lambda path=path, a=arguments: measure(lambda: encode.topk_encode(*a, path=path), rounds))
             row = {"shape": str(shape), "d": d, "f": f, "k": k, "name": path, "same_latents": same, **timed}
             rows.append(row)
-            print(json.dumps(row), flush=True)
+            told.tell(row)
     for row in ahead(rows):
-        print(json.dumps(row), flush=True)
+        told.tell(row)
+    told.end()
 
 
 if __name__ == "__main__":

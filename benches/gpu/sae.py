@@ -16,6 +16,7 @@ copies     ours with the 16-bit copies kept that every other step makes anew of 
 cuda       the same on the CUDA back-end, its row filter and its step; cuda-compact: with compact state
 others     the parts on back-ends that run by explicit request only: CUDA's row filter, decode and backward, the 8-bit
            screen
+csr        codes with k latents per row on average: BatchTopK, a threshold, and their decoder
 
 What is timed is compared: the encoder with a stable sort of fp32 pre-activations on sampled rows, the first losses of
 all steps with each other, within the bounds of benches/gpu/rows.py. A column that the device has no memory for says so;
@@ -105,7 +106,7 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
     x = problem.x.to(torch.bfloat16)
 
     rows = Rows(compared=device == "cuda", shape=str(shape))
-    if "parts" in columns or "others" in columns:
+    if {"parts", "others", "csr"} & set(columns):
         operands = parts.Operands(
             x, problem.W_enc.to(torch.bfloat16), problem.b_enc, problem.W_dec.to(torch.bfloat16), problem.b_dec, shape.k
         )
@@ -114,6 +115,8 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
             rows.section("parts", lambda: parts.measure_parts(operands, rounds, rows))
         if "others" in columns:
             rows.section("others", lambda: parts.measure_others(operands, rounds, rows))
+        if "csr" in columns:
+            rows.section("csr", lambda: parts.measure_csr(operands, rounds, rows))
         del operands
     else:
         del problem
@@ -140,13 +143,15 @@ def bench(shape: Shape, columns: list[str], rounds: int, device: str = "cuda") -
 
 def main(
     shape: Annotated[str, typer.Option(help="N,d,F,k.")],
-    columns: Annotated[str, typer.Option(help=f"Of parts, {', '.join(STEPS)}, others.")] = "parts ours dense sparse",
+    columns: Annotated[
+        str, typer.Option(help=f"Of parts, {', '.join(STEPS)}, others, csr.")
+    ] = "parts ours dense sparse",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each column at most.")] = 7,
     device: Annotated[str, typer.Option(help="cuda, or cpu under Triton's interpreter, to see that it runs.")] = "cuda",
 ) -> None:
     """Prints one JSON object per line and measurement."""
     chosen = columns.split()
-    if unknown := set(chosen) - {"parts", "others", *STEPS}:
+    if unknown := set(chosen) - {"parts", "others", "csr", *STEPS}:
         raise typer.BadParameter(f"no such column: {', '.join(sorted(unknown))}", param_hint="--columns")
     bench(Shape.parse(shape), chosen, rounds, device)
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from refusal_kernels.triton_kernels import encode
-
 from ..machine import ROOT
+
+# Nothing here imports Triton: where it is broken, the stages without it still run and the others say what is wrong.
+GROUPED_PATHS = ("grouped", "grouped, 3 keys")  # of triton_kernels/encode.py: those with kernels of their own
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     slot: str = ""  # runs at the same time as its neighbours of the same slot: it measures no time
     helps: bool = False  # saves later stages time by what it leaves; how it ends does not make a run fail
+    spare: bool = False  # runs in the time that the others leave, if any: that it was cut short does not make one fail
 
 
 def architecture() -> str:
@@ -81,42 +83,45 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 def sanitizers() -> list[Stage]:
     """The smallest tests under two tools of compute-sanitizer, after the value tests, which compile the same kernels:
-    memcheck took 25 s for 13 of them with a warm cache of Triton's, 150 s for 12 without. Every CUDA source and every
-    operator of Triton's is among them; racecheck, which slows a kernel down far more, has bf16 only, in two processes.
-    Where the tool is not found the stages fail and say so."""
+    memcheck took 25 s for 13 of them with a warm cache of Triton's, 150 s for 12 without. Every operator of the
+    back-ends triton, cuda and triton-int8 is among them, with heads and with codes in CSR form; so are all CUDA
+    sources. racecheck, which slows a kernel down far more, has bf16 only. Of a test's back-ends each has a process; so
+    have heads and the 8-bit screen, which compile longest. Where the tool is not found the stages fail and say so."""
     tool = shutil.which("compute-sanitizer", path=os.environ.get("PATH", "") + ":/usr/local/cuda/bin")
     tests = python("-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no")
     tests += ["-m", "gpu and sanitizer", "tests/test_gpu.py"]
     missing = python("-c", "raise SystemExit('compute-sanitizer is not in PATH')")
     options = ["--error-exitcode", "1", "--target-processes", "application-only"]
-    bf16 = "not dtype0 and not dtype2"
-    found = {
-        "memcheck": ("memcheck", []),
-        "racecheck": ("racecheck", ["-k", f"{bf16} and triton"]),
-        "racecheck cuda": ("racecheck", ["-k", f"{bf16} and cuda"]),
+    kinds = {
+        "": "not cuda and not heads and not 8_bit",
+        " heads, 8 bit": "not cuda and (heads or 8_bit)",
+        " cuda": "cuda",
     }
     return [
         Stage(
-            name,
-            missing if tool is None else [tool, "--tool", check, *options, *tests, *fewer],
+            f"{check}{kind}",
+            missing if tool is None else [tool, "--tool", check, *options, *tests, "-k", f"({chosen}){bf16}"],
             150,
             50,
             counts,
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **ONE_THREAD},
             slot="checks",
         )
-        for name, (check, fewer) in found.items()
+        for check, bf16 in (("memcheck", ""), ("racecheck", " and not dtype0 and not dtype2"))
+        for kind, chosen in kinds.items()
     ]
 
 
 # Columns of benches.gpu.sae at each shape, and the seconds that are theirs. At F = 2^20 the fp32 state of a step alone
-# takes 120 GB: a device that has them runs it, another says that it has not.
+# takes 120 GB and PyTorch's 155 or more: a device that has them runs it, another says that it has not.
 COLUMNS = {
-    "32768,4096,131072,64": ("parts ours dense compact dead sparse compile", 52),
-    "4096,4096,131072,64": ("parts ours dense compact sparse", 18),
-    "65536,128,4096,32": ("parts ours dense compact sparse", 18),
-    "8192,4096,1048576,64": ("parts compact ours", 24),
+    "32768,4096,131072,64": ("parts ours dense compact default dead sparse compile", 53),
+    "4096,4096,131072,64": ("parts ours dense compact sparse csr", 20),
+    "65536,128,4096,32": ("parts ours dense compact default sparse", 18),
+    "8192,4096,1048576,64": ("parts compact ours dense sparse compile", 24),
 }
+# What compiles a minute or tells little more: in the time that is left.
+MORE_COLUMNS = {"4096,4096,131072,64": "compile", "65536,128,4096,32": "compile"}
 
 
 def compilers() -> list[Stage]:
@@ -127,11 +132,11 @@ def compilers() -> list[Stage]:
     by_name = {
         "sae": ("sae", "--shape", "1024,4096,131072,64", "--columns", "parts ours compact dead copies"),
         "others": ("sae", "--shape", "1024,4096,131072,64", "--columns", "others"),
-        "sae of heads' size": ("sae", "--shape", "1024,128,4096,32", "--columns", "parts ours compact"),
+        "default options, CSR": ("sae", "--shape", "1024,4096,131072,64", "--columns", "default csr"),
+        "sae of heads' size": ("sae", "--shape", "1024,128,4096,32", "--columns", "parts ours compact default"),
         **{
             f"heads {path}": ("heads", "--shape", "1024,128,4096,32", "--heads", "2", "--paths", path)
-            for path in encode.PATHS
-            if path != "chunked"
+            for path in GROUPED_PATHS
         },
     }
     commands = {
@@ -146,7 +151,8 @@ def compilers() -> list[Stage]:
 
 def stages(quick: bool) -> list[Stage]:
     """All of them, in the order in which they are worth their time. A share is 1.1 to 1.3 times what the stage took in
-    the kept runs, less what `compilers` take off it; together they leave 15 s of the 8 minutes."""
+    the kept runs, less what `compilers` take off it; together they leave 15 s of the 8 minutes. The last stages have
+    none: they run in what the others did not use."""
     build = {"RK_CUDA": "ON", "TORCH_CUDA_ARCH_LIST": architecture()}
     sae = [
         Stage(
@@ -174,18 +180,32 @@ def stages(quick: bool) -> list[Stage]:
     ]
     if quick:
         return found
-    profiled = python("-m", "benches.gpu.profile")
+    profiled, heads = python("-m", "benches.gpu.profile"), python("-m", "benches.gpu.heads")
     of_heads = ["--shape", "65536,128,4096,32", "--heads", "32", "--columns", "ours compact"]
+    more = ["--paths", "", "--columns", "default sparse compile"]
     return [
         *found,
         *sae[1:3],
         Stage("projection", python("-m", "benches.gpu.projection"), 90, 28, json_lines),
-        Stage("heads", python("-m", "benches.gpu.heads"), 60, 24, json_lines),
+        Stage("heads", heads, 60, 24, json_lines),
         Stage("end to end", python("-m", "benches.gpu.end_to_end"), 60, 25, json_lines),
         sae[3],
         Stage(f"profile {first}", [*profiled, "--shape", first], 60, 22, json_lines),
         Stage("profile heads", [*profiled, *of_heads], 60, 14, json_lines),
-        Stage("encode", python("-m", "benches.gpu.encode"), 40, 14, json_lines),
+        Stage("encode", python("-m", "benches.gpu.encode"), 40, 11, json_lines),
+        Stage("profile projection", [*profiled, "--rank", "64"], 40, 0, json_lines, spare=True),
+        Stage("more heads", [*heads, *more], 60, 0, json_lines, spare=True),
+        *(
+            Stage(
+                f"more {shape}",
+                python("-m", "benches.gpu.sae", "--shape", shape, "--columns", columns),
+                60,
+                0,
+                json_lines,
+                spare=True,
+            )
+            for shape, columns in MORE_COLUMNS.items()
+        ),
     ]
 
 
