@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ import torch
 
 import refusal_kernels
 
+DRIVER = Path("/proc/driver/nvidia/version")
 ROOT = Path(__file__).resolve().parent.parent
 # Instruction sets that decide which kernels run; the full list of flags says nothing more.
 FLAGS = (
@@ -55,16 +57,57 @@ def describe_machine(device: str) -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()),
     }
     if device != "cpu":
-        info["gpu"] = torch.cuda.get_device_name(device)
+        info |= describe_gpu(device)
     return info
 
 
+def describe_gpu(device: str) -> dict[str, Any]:
+    """Name, memory, second-level cache and kind of the GPU, and its driver: None where nothing tells, with
+    "driver_unknown" saying why."""
+    of = torch.cuda.get_device_properties(device)
+    driver, unknown = _driver()
+    info: dict[str, Any] = {
+        "gpu": of.name,
+        "capability": f"{of.major}.{of.minor}",
+        "gpu_memory_gib": round(of.total_memory / 2**30, 1),
+        "gpu_l2_mib": round(getattr(of, "L2_cache_size", 0) / 2**20, 1) or None,
+        "multiprocessors": of.multi_processor_count,
+        "driver": driver,
+    }
+    return info if driver else {**info, "driver_unknown": unknown}
+
+
+def _driver() -> tuple[str | None, str]:
+    """(version of NVIDIA's driver, why there is none): of nvidia-smi, else of the file that the kernel module has."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()
+        reason = "nvidia-smi names no driver"
+    except FileNotFoundError:
+        said, reason = [], "nvidia-smi is not in PATH"
+    except (OSError, subprocess.SubprocessError) as error:
+        said, reason = [], f"nvidia-smi: {type(error).__name__}"
+    if said:
+        return said[0], ""
+    try:
+        found = re.search(r"Kernel Module(?: for \S+)?\s+([\d.]+)", DRIVER.read_text())
+    except OSError:
+        return None, f"{reason}, and there is no {DRIVER}"
+    return (found.group(1), "") if found else (None, f"{reason}, and {DRIVER} has no version")
+
+
 def describe_versions() -> dict[str, str]:
-    """Versions of what takes part, and of the compiled extension's own build."""
+    """Versions of what takes part, and of the compiled extension's own build; "cuda" is what torch was built with."""
+    try:
+        triton = importlib.metadata.version("triton")  # not imported: it may be broken
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
     versions = {
         "refusal_kernels": refusal_kernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": triton,
         "blas": next(
             (line.strip(" -") for line in torch.__config__.show().splitlines() if "Math Kernel" in line), "unknown"
         ),

@@ -3,6 +3,8 @@
 Written for the day something is broken: it comes through a damaged extension and a missing or damaged Triton, and says
 so. `--check` runs every operator once, forward and gradients, on every back-end that is available here, and compares
 with the fp64 reference; the exit code is 1 when one of them differs, raises, or the extension is there but cannot load.
+Each check is a line on stderr as it ends: on a GPU they compile kernels for minutes, and what is cut off has said what
+it came to.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,12 @@ from .backends.base import Request
 PACKAGES = ("numpy", "transformers", "peft", "accelerate", "datasets", "safetensors", "typer", "tensorboard")
 
 
-def collect(check: bool = False) -> dict[str, Any]:
+def collect(check: bool = False, ended: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Everything this command reports, as plain values that json can write.
 
     Keys: versions, machine, gpus, extension, triton, environment, operators, and with `check` also checks. operators
     maps operator -> back-end -> {"devices": {device type: [reasons against it]}, "available": bool}, for fp32.
+    `ended` is called with each check as it ends.
     """
     report: dict[str, Any] = {
         "versions": _versions(),
@@ -47,7 +51,11 @@ def collect(check: bool = False) -> dict[str, Any]:
         sys.modules["refusal_kernels._C"] = None  # type: ignore[assignment]
     report["operators"] = _operators()
     if check:
-        report["checks"] = list(_checks(report))
+        report["checks"] = []
+        for result in _checks(report):
+            report["checks"].append(result)
+            if ended is not None:
+                ended(result)
     return report
 
 
@@ -269,13 +277,21 @@ def _table(report: dict[str, Any]) -> list[str]:
     return [*lines, "", *(f"[{i}] {reason}" for i, reason in enumerate(footnotes, 1)), ""]
 
 
+def _say(result: dict[str, Any]) -> None:
+    """One line on stderr for a check that has ended."""
+    error = " ".join(str(result["error"]).split())
+    outcome = "ok" if result["ok"] else f"FAILED: {error}"
+    where = f"{result['op']} on {result['backend']} ({result['device']})"
+    print(f"check {where} {result['seconds']:.1f} s: {outcome}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m refusal_kernels.info", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--check", action="store_true", help="run each operator once against the reference")
     options = parser.parse_args(argv)
-    report = collect(check=options.check)
+    report = collect(check=options.check, ended=_say)
     print(json.dumps(report, indent=2) if options.json else render(report))
     return int(any(not c["ok"] for c in report.get("checks", ())))
 

@@ -20,7 +20,7 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import kernels, status, torch_paths  # noqa: E402
+from benches import kernels, machine, status, torch_paths  # noqa: E402
 from benches.gpu import __main__ as gpu  # noqa: E402
 from benches.gpu import model, peers, profile, sae, stages, table, values  # noqa: E402
 from benches.gpu.__main__ import keep_result  # noqa: E402
@@ -144,7 +144,7 @@ def test_a_stage_that_takes_too_long_keeps_what_it_said_and_costs_no_other(tmp_p
     assert found["status"] == "stopped after 3 s"
     assert found["result"] == [{"ms": 1}]
     assert (tmp_path / "endless-one.log").read_text() == '{"ms": 1}\n'
-    broken = stages.Stage("broken", [sys.executable, "-c", "raise SystemExit(3)"], 30, 1, stages.last_json)
+    broken = stages.Stage("broken", [sys.executable, "-c", "raise SystemExit(3)"], 30, 1, stages.counts)
     assert stages.run(broken, tmp_path, 60) | {"seconds": 0} == {
         "seconds": 0, "status": "failed: exit 3", "result": None,
     }  # fmt: skip
@@ -322,9 +322,94 @@ def test_a_run_in_two_calls_is_one_result(tmp_path: Path) -> None:
         "values": "ok",
         "heads": "ok",
     }
+    kept = json.loads(first.read_text())
+    assert kept["stages"]["values"]["attempts"] == [
+        {"date": "2026-01-02T10:00:00", "status": "failed: exit 1", "result": None},
+    ], "what failed once stays on record"
+    for date, ended in (("2026-01-02T10:40:00", "no time left"), ("2026-01-02T10:50:00", "stopped after 9 s")):
+        assert keep_result(result(date, "a", "values", ended), tmp_path) == first
+    kept = json.loads(first.read_text())
+    assert kept["stages"]["values"]["status"] == "stopped after 9 s"
+    assert [(a["date"], a["status"]) for a in kept["stages"]["values"]["attempts"]] == [
+        ("2026-01-02T10:00:00", "failed: exit 1"), ("2026-01-02T10:30:00", "ok"),
+    ]  # fmt: skip
+    assert "attempts" not in kept["stages"]["heads"]
+    printed = table.table({**kept, "versions": {"torch": "2"}})
+    assert "values: before, failed: exit 1, 2026-01-02T10:00:00" in printed
     other = keep_result(result("2026-01-02T11:00:00", "b", "values"), tmp_path)
     assert other != first
     assert table.newest(tmp_path)["commit"] == "b"
+
+
+class Properties:
+    name, major, minor, total_memory, multi_processor_count, L2_cache_size = "A GPU", 9, 0, 141 << 30, 132, 60 << 20
+
+
+def test_a_result_says_what_it_was_measured_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Driver, capability and memory of the device; versions of PyTorch, of the CUDA it was built with, of Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.65.06\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = machine.describe_machine("cuda")
+    wanted = {
+        "gpu": "A GPU", "capability": "9.0", "gpu_memory_gib": 141.0, "gpu_l2_mib": 60.0, "multiprocessors": 132,
+        "driver": "580.65.06",
+    }  # fmt: skip
+    assert {key: found[key] for key in wanted} == wanted
+    assert "driver_unknown" not in found
+    assert machine.slug(found) == "a-gpu"
+    assert not {"gpu", "driver"} & machine.describe_machine("cpu").keys()
+    versions = machine.describe_versions()
+    assert {"python", "torch", "cuda", "triton", "refusal_kernels"} <= versions.keys()
+    assert all(isinstance(version, str) and version for version in versions.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27", ("580.65.06", "")),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.1  Release", ("570.1", "")),
+        ("something else", (None, "nvidia-smi is not in PATH, and {file} has no version")),
+        (None, (None, "nvidia-smi is not in PATH, and there is no {file}")),
+    ],
+)
+def test_a_driver_that_no_tool_names_is_read_from_its_file_or_said_to_be_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, found: tuple[str | None, str]
+) -> None:
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(machine, "DRIVER", file)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine._driver() == (found[0], found[1].format(file=file))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    if found[0] is None:
+        told = machine.describe_gpu("cuda")
+        assert told["driver"] is None
+        assert told["driver_unknown"] == found[1].format(file=file)
+
+
+def test_checks_that_were_cut_off_are_those_that_had_ended() -> None:
+    said = (
+        "check import on _C (cpu) 0.0 s: ok\n"
+        "check topk_encode on triton (cuda) 12.5 s: FAILED: AssertionError: {'a': 1} off by 2\n"
+    )
+    found = stages.report(said)
+    assert found["checks"] == [
+        {"op": "import", "backend": "_C", "device": "cpu", "ok": True, "seconds": 0.0, "error": None},
+        {
+            "op": "topk_encode", "backend": "triton", "device": "cuda", "ok": False, "seconds": 12.5,
+            "error": "AssertionError: {'a': 1} off by 2",
+        },
+    ]  # fmt: skip
+    assert stages.report(said + json.dumps({"versions": {}, "checks": []}, indent=1)) == {"versions": {}, "checks": []}
+    assert stages.report("Killed\n") == {"checks": []}
+    result: dict[str, Any] = {
+        "machine": {"gpu": "A GPU"}, "versions": {"torch": "2"}, "commit": "c",
+        "stages": {"check": {"status": "stopped after 50 s", "result": found}},
+    }  # fmt: skip
+    assert "check: 1 checks passed, 1 failed\n    topk_encode on triton (cuda): AssertionError" in table.table(result)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

@@ -47,6 +47,8 @@ def test_command_prints_the_table_and_checks_what_is_available() -> None:
     result = run_info("--check")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "0 failed" in result.stdout
+    ended = [line for line in result.stderr.splitlines() if line.startswith("check ")]
+    assert f"{len(ended)} checks against the fp64 reference passed" in result.stdout, "each is told as it ends"
     lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
     for op in backends.OPERATORS:
         assert lines[op].count("cpu ok") == 2, lines[op]  # reference and cpu

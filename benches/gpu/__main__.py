@@ -23,22 +23,39 @@ from .. import machine, status
 from .stages import Stage, allowed, groups, run, stages
 from .table import KEPT, table
 
+NOT_RUN = "no time left"
+
 
 def keep_result(result: dict[str, Any], folder: Path = KEPT) -> Path:
     """Writes the result below `folder`: into the newest file there if that is of the same device, commit and kernels,
-    so that a run in two calls (`--only`) is one result; else into a new one."""
+    so that a run in two calls (`--only`) is one result; else into a new one. A stage that ran in both stands there as
+    it ended last, with the earlier ones under "attempts", the first first: what failed once stays on record."""
     folder.mkdir(parents=True, exist_ok=True)
+    dated = {name: {"date": result["date"], **found} for name, found in result["stages"].items()}
+    result = {**result, "stages": dated}
     of = f"{machine.slug(result['machine'])}-{result['date'][:10]}"
     earlier = max(folder.glob(f"{of}*.json"), key=lambda path: json.loads(path.read_text())["date"], default=None)
     if earlier is not None:
         before = json.loads(earlier.read_text())
         if all(before.get(key) == result[key] for key in ("commit", "kernels")):
-            result = {**result, "stages": {**before["stages"], **result["stages"]}}
-            earlier.write_text(json.dumps(result, indent=1) + "\n")
+            stages = dict(before["stages"])
+            for name, found in dated.items():
+                stages[name] = again(stages.get(name), found)
+            earlier.write_text(json.dumps({**result, "stages": stages}, indent=1) + "\n")
             return earlier
     path = folder / f"{of}-{result['date'][11:16].replace(':', '')}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def again(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """A stage as it stands after it ended as `found`; one that had no time left has not run again."""
+    if before is None or before["status"] == NOT_RUN:
+        return found
+    if found["status"] == NOT_RUN:
+        return before
+    last = {key: value for key, value in before.items() if key != "attempts"}
+    return {**found, "attempts": [*before.get("attempts", []), last]}
 
 
 def kernels() -> dict[str, str]:
@@ -84,7 +101,7 @@ def main(
         together = waiting.pop(0)
         left = deadline - time.monotonic()
         if left < 5:
-            late = {"seconds": 0, "status": "no time left", "result": None}
+            late = {"seconds": 0, "status": NOT_RUN, "result": None}
             result["stages"] |= {stage.name: late for stage in together}
             continue
         with ThreadPoolExecutor(len(together)) as pool:

@@ -23,6 +23,11 @@ def table(result: dict[str, Any]) -> str:
         found = stage["result"]
         if stage["status"] != "ok":
             lines.append(f"{name}: {stage['status']}")
+        lines += [f"{name}: before, {attempt['status']}, {attempt['date']}" for attempt in stage.get("attempts", [])]
+        if isinstance(found, dict) and "checks" in found:
+            bad = [check for check in found["checks"] if not check["ok"]]
+            lines.append(f"{name}: {len(found['checks']) - len(bad)} checks passed, {len(bad)} failed")
+            lines += [f"    {c['op']} on {c['backend']} ({c['device']}): {c['error']}" for c in bad]
         if isinstance(found, dict) and "passed" in found:
             lines.append(f"{name}: " + ", ".join(f"{found[w]} {w}" for w in ("passed", "failed", "skipped", "error")))
             lines += [f"    {test}" for test in found["names"]]
