@@ -34,14 +34,14 @@ test: $(STAMPS)/package
 
 # All that needs a GPU: build, value tests, benchmarks, compute-sanitizer. Whether there is one is asked before anything is
 # built; its result is kept below benches/results/gpu, where the README's table comes from. A $(PYTHON) that has PyTorch
-# with CUDA is taken as it is, so that nothing is downloaded there; else .venv is made.
+# with CUDA and all that the build and the tests need is taken as it is, so that nothing is downloaded there; else it is
+# said what is missing, and .venv is made.
 GPU_RUN = -m benches.gpu --out gpu-run --keep $(ARGS)
-HAS_CUDA = import torch; from importlib.util import find_spec; \
-	raise SystemExit(not (torch.cuda.is_available() and all(map(find_spec, "triton transformers peft pytest typer".split()))))
+NEEDS = benches/gpu/needs.py
 gpu:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no CUDA device" >&2; exit 1; }
-	@$(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null || $(MAKE) --no-print-directory $(STAMPS)/package
-	@if $(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null; then exec $(PYTHON) $(GPU_RUN); else exec $(BIN)/python $(GPU_RUN); fi
+	@$(PYTHON) $(NEEDS) || $(MAKE) --no-print-directory $(STAMPS)/package
+	@if $(PYTHON) $(NEEDS) 2>/dev/null; then exec $(PYTHON) $(GPU_RUN); else exec $(BIN)/python $(GPU_RUN); fi
 
 bench: $(STAMPS)/package
 	$(BIN)/python -m benches $(ARGS)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the re
 
 from benches import kernels, machine, status, torch_paths  # noqa: E402
 from benches.gpu import __main__ as gpu  # noqa: E402
-from benches.gpu import model, peers, profile, sae, stages, table, values  # noqa: E402
+from benches.gpu import model, needs, peers, profile, sae, stages, table, values  # noqa: E402
 from benches.gpu.__main__ import keep_result  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
@@ -51,6 +51,27 @@ def test_make_gpu_asks_for_the_device_before_it_builds_anything(tmp_path: Path) 
     assert run.stdout == ""
     assert run.stderr.splitlines()[0] == "make gpu: there is no CUDA device"
     assert not (tmp_path / "venv").exists()
+
+
+def test_what_a_python_lacks_for_make_gpu_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the build needs as well: without it a run would measure nothing of the back-end cuda."""
+    present = set(needs.MODULES)
+    monkeypatch.setattr(needs, "find_spec", lambda name: name if name in present else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(needs.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    for program in needs.PROGRAMS:
+        (tmp_path / program).write_text("")
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "Python.h").write_text("")
+    assert needs.lacking() == []
+    present.discard("pybind11")
+    (tmp_path / "ninja").unlink()
+    (tmp_path / "Python.h").unlink()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert needs.lacking() == ["pybind11", "ninja", "Python.h", f"a CUDA device that torch {torch.__version__} sees"]
+    present.clear()
+    assert needs.lacking()[: len(needs.MODULES)] == list(needs.MODULES)
 
 
 def collected(*runs: list[str]) -> list[list[str]]:
