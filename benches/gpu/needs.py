@@ -33,5 +33,6 @@ def lacking() -> list[str]:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, whose profile.py would stand for Python's own
     if missing := lacking():
         raise SystemExit(f"make gpu: {sys.executable} lacks {', '.join(missing)}")
