@@ -31,11 +31,16 @@ CANONICAL = Shape(32768, 4096, 131072, 64)
 H200 = model.Device(756, 4220)
 # Label of a kernel -> (what it does in a step at CANONICAL, milliseconds).
 IN_A_STEP = {
-    "encode.filter[k<=64]": ("filter of all pre-activations", model.filter_bytes(CANONICAL) / H200.cache_gbps / 1e6),
-    "decode[bf16,i64,256+bias+residual]": ("reconstruction and residual", H200.move(model.decode_bytes(CANONICAL))),
-    "backward.latent[bf16,i32,4096,=]": ("gradients of both weights", H200.move(model.backward_bytes(CANONICAL))),
+    "encode.filter[k<=64]": (
+        "filter of all pre-activations",
+        H200.buffered(model.filter_bytes(CANONICAL), model.buffer_of(CANONICAL)[1]),
+    ),
+    "decode[bf16,i64,256+bias+residual]": ("reconstruction and residual", model.decode_ms(CANONICAL, H200)),
+    "backward.latent[bf16,i32,4096,=]": (
+        "gradients of both weights", model.latents_ms(CANONICAL, H200, model.WIDE),
+    ),
     "sae_adam.step[bf16,fp32,i32,4096]": (
-        "gradients and optimiser", H200.move(model.fused_optimizer_bytes(CANONICAL)),
+        "gradients and optimiser", model.latents_ms(CANONICAL, H200, model.ADAM_BYTES),
     ),
 }  # fmt: skip
 

@@ -20,9 +20,9 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
 
-from benches import kernels, machine, status, torch_paths  # noqa: E402
+from benches import machine, status, torch_paths  # noqa: E402
 from benches.gpu import __main__ as gpu  # noqa: E402
-from benches.gpu import model, needs, peers, profile, sae, stages, table, values  # noqa: E402
+from benches.gpu import end_to_end, model, needs, peers, profile, rows, sae, stages, table, values  # noqa: E402
 from benches.gpu.__main__ import keep_result  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import Shape  # noqa: E402
@@ -449,141 +449,6 @@ def test_the_sparse_contestant_takes_the_dense_ones_step(blocks: int, monkeypatc
         torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_counts_what_the_formulas_say() -> None:
-    """Written out at N 32768, d 4096, F 131072, k 64: 2^21 entries, rows of 2^13 bytes in bf16, 2^29 weights each."""
-    rows, entries = 2**13, 2**21
-    assert model.product_flops(CANONICAL) == 2 * 2**15 * 2**17 * 2**12
-    assert model.filter_bytes(CANONICAL) == 2**34
-    assert model.decode_bytes(CANONICAL) == entries * (rows + 10) + 2 * 2**15 * rows
-    assert model.transpose_bytes(CANONICAL) == 8 * entries * 12 + 8 * (2**17 + 1)
-    gathered = entries * (2 * rows + 10) + 2**17 * rows
-    assert model.gradient_gather_bytes(CANONICAL) == gathered
-    assert model.backward_bytes(CANONICAL) == gathered + 2 * 2**29 * 4
-    assert model.fused_optimizer_bytes(CANONICAL) == gathered + 2 * 2**29 * 26
-
-
-def test_predictions_follow_from_what_the_device_was_measured_to_do() -> None:
-    limits = [
-        {"name": "copy", "rate": 4000.0},
-        {"name": "bf16 product 8192^3", "rate": 800.0},
-        {"name": "out of memory", "error": "out of memory"},
-    ]
-    device = model.Device.of(limits)
-    assert device == model.Device(800.0, 4000.0)
-    assert model.Device.of(limits[:1]) is None
-    product = 2**45 / 800e12 * 1e3
-    assert model.predicted("product alone", CANONICAL, device) == pytest.approx(product)
-    encode = product + 2**34 / 5500e9 * 1e3
-    assert model.predicted("encode, ours", CANONICAL, device) == pytest.approx(encode)
-    moved = sum(f(CANONICAL) for f in (model.decode_bytes, model.transpose_bytes, model.fused_optimizer_bytes))
-    assert model.predicted("step, ours", CANONICAL, device) == pytest.approx(encode + moved / 4000e9 * 1e3)
-    aux = model.predicted("step, ours, a tenth dead", CANONICAL, device)
-    products = 5 * 2 * 2**15 * 13107 * 2**12 / 800e12 * 1e3
-    assert aux == pytest.approx(encode + moved / 4000e9 * 1e3 + products)
-    saved = 2 * 2**29 * (26 - 16) / 4000e9 * 1e3
-    written = 2 * 2**29 * (26 + 4 + 4)
-    gradients = model.gradient_gather_bytes(CANONICAL)
-    cuda = encode + (model.decode_bytes(CANONICAL) + model.transpose_bytes(CANONICAL) + gradients + written) / 4000e6
-    assert model.predicted("step, cuda", CANONICAL, device) == pytest.approx(cuda)
-    for form, own in (("", "copies"), (" compact", "compact")):
-        inside = model.predicted(f"step, cuda{form}, Adam inside", CANONICAL, device)
-        name = "step, ours, copies" if own == "copies" else "step, ours compact"
-        assert inside == model.predicted(name, CANONICAL, device), "the same bytes, whatever the language"
-    compact = model.predicted("step, ours compact", CANONICAL, device)
-    assert compact == pytest.approx(encode + moved / 4000e9 * 1e3 - saved)
-    assert model.predicted("step, dense", CANONICAL, device) is None
-
-
-def test_the_tables_show_the_prediction_beside_the_measurement() -> None:
-    entry = {"name": "product alone", "ms": 50.0, "extra_mb": 1.0}
-    limits = [
-        {"name": "copy", "rate": 4000.0, "unit": "GB/s"},
-        {"name": "bf16 product 8192^3", "rate": 800.0, "unit": "TFLOP/s"},
-    ]
-    result: dict[str, Any] = {
-        "machine": {"gpu": "A GPU"}, "versions": {"torch": "2"}, "commit": "c",
-        "stages": {
-            "sae 32768,4096,131072,64": {"status": "ok", "result": [entry, {"name": "step, dense", "error": "no"}]},
-            "limits": {"status": "ok", "result": limits},
-        },
-    }  # fmt: skip
-    assert "50.000 ms         1 MB  predicted 44 ms, 88 %" in table.table(result)
-    assert "| 32768, 4096, 131072, 64 | product alone | 44 | 50 | 88 % |" in table.against_roofline(result)
-    del result["stages"]["limits"]
-    assert "predicted" not in table.table(result)
-    assert table.against_roofline(result) == []
-
-
-def test_the_block_shows_compact_state_and_what_had_no_memory() -> None:
-    def stage(*entries: dict[str, Any]) -> dict[str, Any]:
-        return {"status": "ok", "result": list(entries)}
-
-    ours = {"name": "step, ours", "ms": 70.0, "extra_mb": 2900.0}
-    dense = {"name": "step, dense", "ms": 280.0, "extra_mb": 25000.0}
-    compact = {"name": "step, ours compact", "ms": 66.0, "extra_mb": 800.0}
-    lacking = {"name": "step, dense", "error": "needs at least 189 GB; the device has 84"}
-    plain = table.steps_and_encoders({"stages": {"sae 2,3,4,1": stage(ours, dense)}})
-    assert plain[0].count("|") == 10
-    assert plain[2] == "| 2, 3, 4, 1 | 70 | 280 | 4.00× | – | – | – | 2.9 GB | 25.0 GB |"
-    both = table.steps_and_encoders(
-        {"stages": {"sae 2,3,4,1": stage(ours, dense), "sae 5,3,4,1": stage(compact, lacking)}}
-    )
-    assert both[2] == "| 2, 3, 4, 1 | 70 | – | 280 | 4.00× | – | – | – | 2.9 GB | – | 25.0 GB |"
-    assert both[3] == "| 5, 3, 4, 1 | – | 66 | out of memory | – | – | – | – | – | 0.8 GB | – |"
-
-
-def test_the_block_shows_heads_and_the_language_model() -> None:
-    result: dict[str, Any] = {"stages": {
-        "heads": {"result": [{"name": "step, all heads", "ms": 12.34, "shape": "2 x 6,16,64,3"}]},
-        "end to end": {"result": [
-            {"name": "SAE step, ours", "ms": 2.0, "rate": 12345.6, "unit": "tokens/s"},
-            {"name": "projection", "ms": 0.5, "percent_of_step": 0.31},
-            {"name": "lost", "error": "out of memory"},
-        ]},
-    }}  # fmt: skip
-    shown = "\n".join(table.beside_the_shapes(result))
-    assert "| one autoencoder per head, 2 x 6,16,64,3 | ms | |" in shown
-    assert "| step, all heads | 12.3 |  |" in shown
-    assert "| SAE step, ours | 2 | 12,346 tokens/s |" in shown
-    assert "| projection | 0.5 | 0.31 % of the step |" in shown
-    assert "lost" not in shown
-    assert table.beside_the_shapes({"stages": {}}) == []
-
-
-PROFILE = [
-    {"shape": "2x3x4x1", "column": "ours", "name": "step", "ms": 90.0, "busy_ms": 80.0},
-    {"shape": "2x3x4x1", "column": "ours", "name": "_decode_kernel", "ms": 79.5, "launches": 2.0, "percent": 99.4},
-    {"shape": "2x3x4x1", "column": "ours", "name": "rest", "ms": 0.5, "launches": 7.0, "percent": 0.6},
-    {"shape": "2x3x4x1", "column": "compact", "name": "step", "ms": 60.0, "busy_ms": 50.0},
-    {"shape": "2x3x4x1", "column": "compact", "name": "_step_kernel", "ms": 50.0, "launches": 1.0, "percent": 100.0},
-    {"shape": "2x3x4x1", "column": "cuda", "name": "step", "error": "no device"},
-]
-
-
-def test_the_tables_show_where_a_step_spends_its_time() -> None:
-    result: dict[str, Any] = {
-        "machine": {"gpu": "A GPU"}, "versions": {"torch": "2", "python": "3"}, "commit": "c", "date": "2026-01-02T",
-        "stages": {"profile 2,3,4,1": {"status": "ok", "result": PROFILE}},
-    }  # fmt: skip
-    assert table.profiles(result) == [
-        "",
-        "| a step's kernels, 2x3x4x1: ms / launches | ours | compact |",
-        "|---|---:|---:|",
-        "| `_decode_kernel` | 79.5 / 2 | – |",
-        "| `_step_kernel` | – | 50 / 1 |",
-        "| each below 1 % | 0.5 / 7 | – |",
-        "| all kernels, ms | 80 | 50 |",
-        "| the step, ms | 90 | 60 |",
-    ]
-    assert "\n".join(table.profiles(result)) in table.block(result)
-    printed = table.table(result)
-    assert re.search(r"ours: step +90\.000 ms +80\.000 ms in kernels", printed)
-    assert re.search(r"ours: _decode_kernel +79\.500 ms +2 launches +99\.4 %", printed)
-    assert re.search(r"cuda: step +no device", printed)
-    result["stages"] = {"heads": {"status": "ok", "result": []}, "profile heads": {"status": "no", "result": None}}
-    assert table.profiles(result) == []
-
-
 def test_kernels_below_one_percent_are_one_row() -> None:
     found = {"a": (97.5, 2.0), "b": (0.9, 3.0), "c": (0.6, 4.0), "d": (1.0, 1.0)}
     step, *kernels, rest = profile.rows(found, 110.0)
@@ -639,97 +504,6 @@ def test_the_profile_runs_in_the_interpreter(heads: str) -> None:
     assert "cannot run" in refused["error"]
 
 
-def test_the_committed_kernel_table_has_every_configuration() -> None:
-    pytest.importorskip("triton")
-    from refusal_kernels.triton_kernels.registry import configurations
-
-    written = kernels.TABLE.read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([^`]+)` \|", written[written.index("## Triton") :], flags=re.MULTILINE)
-    labels = {configuration.label for configuration in configurations()}
-    missing = "compile it again: python -m benches kernels"
-    assert {label for label in listed if ".cu: " not in label} == labels, missing
-    assert {label.split(":")[0] for label in listed if ".cu: " in label} == {
-        path.name for path in (ROOT / "csrc/cuda").glob("*.cu")
-    }, missing
-    assert "stack" not in written[written.index("## Triton") :]
-    assert set(kernels.IN_A_STEP) <= labels
-
-
-def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: Path) -> None:
-    known = ("decode", "adam.row", "projected_adam.update", "sae_adam.step")
-
-    def run(date: str, own: str, stages: dict[str, Any]) -> dict[str, Any]:
-        return {"machine": {"gpu": "GPU"}, "date": date, "kernels": dict.fromkeys(known, own), "stages": stages}
-
-    values = {"values": {"status": "ok", "result": {"passed": 9}}}
-    failed = {"values": {"status": "failed: exit 1", "result": {"passed": 9, "failed": 1}}}
-    measured = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "ms": 1.0}]}}
-    broken = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "error": "OutOfMemory"}]}}
-    assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", values)]) == "run on GPU, 2026-01-02"
-    assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", measured)]) == "run on GPU, 2026-01-02"
-    assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", measured)]) == "not yet run on a GPU"
-    optimizer = {"projection": {"status": "ok", "result": [{"name": "optimizer, ours", "ms": 1.0}]}}
-    assert status.ran("projected_adam.update", run("2026-01-02", "a", optimizer))
-    fused = {"others 1,1,1,1": {"status": "ok", "result": [{"name": "step, cuda, Adam inside", "ms": 1.0}]}}
-    assert not status.ran("adam_latents", run("2026-01-02", "a", fused)), "a kernel that the run did not know"
-    assert not status.ran("sae_adam.step", run("2026-01-02", "a", optimizer))
-    for bad in (failed, broken):
-        assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", bad)]) == "not yet run on a GPU"
-    changed = status.on_a_gpu("decode", "b", [run("2026-01-03", "c", values), run("2026-01-02", "a", values)])
-    assert changed == "not yet run on a GPU in this form; an earlier one on GPU, 2026-01-03"
-    both = [run("2026-01-03", "c", values), run("2026-01-02", "b", values)]
-    assert status.on_a_gpu("decode", "b", both) == "run on GPU, 2026-01-02"
-
-
-def test_the_rows_that_show_a_kernel_are_rows_that_are_measured() -> None:
-    """A row renamed in a benchmark and not here would leave its kernels "not yet run" after a run."""
-    sources = "".join(path.read_text() for path in (ROOT / "benches" / "gpu").glob("*.py"))
-    by_pattern = {"encode, all heads, grouped": 'f"encode, all heads, {path}"', "optimizer, ours": '"optimizer, ours"'}
-    for row in status.GOES_THROUGH:
-        assert by_pattern.get(row, f'"{row}"') in sources, row
-    assert {k for kernels in status.GOES_THROUGH.values() for k in kernels} <= {
-        *status.triton_sources(), *status.cuda_sources(),
-    }  # fmt: skip
-
-
-def test_fingerprints_see_code_and_nothing_else(tmp_path: Path) -> None:
-    for name, code, said, changed in (
-        ("a.py", 'x = "# no"\n', '"""Said."""\n# More.\nx =   "# no"  # and\n', 'x = "# yes"\n'),
-        ("a.cu", "int x = 1;\n", "// Said.\nint  x /* so */ = 1;  // and\n", "int x = 2;\n"),
-    ):
-        prints = []
-        for text in (code, said, changed):
-            (tmp_path / name).write_text(text)
-            prints.append(status.fingerprint((tmp_path / name,)))
-        assert prints[0] == prints[1] != prints[2]
-
-
-def test_every_cuda_kernel_is_found() -> None:
-    text = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    assert len(status.cuda_sources()) == text.count("__global__")
-
-
-def test_the_kernel_table_shows_what_the_compilers_report() -> None:
-    report = """ptxas info    : Compiling entry function '_Z3fooIfLi8EEvv' for 'sm_90a'
-ptxas info    : Function properties for _Z3fooIfLi8EEvv
-    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem
-"""
-    [kernel] = kernels.ptxas_report("a.cu", report)
-    assert kernel["label"] in ("a.cu: foo<float, 8>", "a.cu: _Z3fooIfLi8EEvv")
-    other = {
-        "label": "b[x]",
-        "capability": 90,
-        "registers": 7,
-        "shared": 512,
-        "stack": 0,
-        "matrix_instruction": "HGMMA",
-    }
-    shown = kernels.text([other], [kernel], "Triton 0")
-    assert "| `b[x]` | – | 7 / 0.5 HGMMA | – |" in shown
-    assert f"| `{kernel['label']}` | – | 40 / 2 **stack 16** | – | – |" in shown
-
-
 def test_the_end_to_end_benchmark_runs_with_small_widths() -> None:
     command = [sys.executable, "-m", "benches.gpu.end_to_end", "--tiny", "--device", "cpu", "--rounds", "1"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -738,10 +512,25 @@ def test_the_end_to_end_benchmark_runs_with_small_widths() -> None:
     assert [entry for entry in found.values() if "error" in entry] == []
     assert list(found) == [
         "forward and capture, up to layer 2", "SAE step, ours", "SAE step, dense", "LoRA step",
-        "projection of its matrices", "LoRA step with projection",
+        "projection of its matrices", "LoRA step with projection", "LoRA step, 2 of 4 layers",
+        "projection of 28 matrices, queue full", "LoRA step of 2 layers, extrapolated",
     ]  # fmt: skip
     assert found["LoRA step"]["matrices"] == 2 * 7 * 4
     assert 0 < found["projection of its matrices"]["percent_of_step"] < 100
+    deep = found["LoRA step of 2 layers, extrapolated"]["ms"]
+    assert deep == pytest.approx(found["LoRA step, 2 of 4 layers"]["ms"])
+    whole = found["projection of 28 matrices, queue full"]
+    assert whole["percent_of_step"] == pytest.approx(100 * whole["ms"] / deep)
+
+
+def test_a_deeper_model_s_step_is_extrapolated_from_what_layers_cost() -> None:
+    """Embedding, head and loss cost 10 at any depth, a layer 3."""
+    step, half = {"ms": 10 + 4 * 3.0}, {"ms": 10 + 2 * 3.0}
+    assert end_to_end.extrapolated(step, half, 4, 2, 32)["ms"] == pytest.approx(10 + 32 * 3)
+    lacking = end_to_end.extrapolated(step, {"error": "out of memory"}, 4, 2, 32)
+    assert rows.fault({"name": "LoRA step of 32 layers, extrapolated", **lacking}) is None
+    assert end_to_end.share({"ms": 0.5}, {"ms": 100.0}) == {"percent_of_step": 0.5}
+    assert end_to_end.share({"ms": 0.5}, lacking) == {}
 
 
 def test_thinned_tests_show_every_value_of_every_parameter() -> None:

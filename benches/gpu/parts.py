@@ -11,7 +11,7 @@ from torch import Tensor
 
 import refusal_kernels as rk
 from refusal_kernels.backends import BACKENDS
-from refusal_kernels.triton_kernels import csc, int8_screen
+from refusal_kernels.triton_kernels import csc, encode, int8_screen
 from refusal_kernels.triton_kernels.backward import segment_length
 
 from .clock import measure
@@ -59,7 +59,7 @@ def measure_parts(o: Operands, rounds: int, rows: Rows) -> None:
 
     rows.attempt("product alone", alone)
     timed("encode, torch", eager)
-    timed("encode, ours", o.encode)
+    rows.attempt("encode, ours", lambda: measure(o.encode, rounds), path=encode.path_of(o.W_enc.shape, k))
     backend: Any = BACKENDS["triton"]
     values, indices = o.encode()
     rows.attempt("encode, agreement", lambda: agreement(o, values, indices))

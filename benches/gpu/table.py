@@ -48,6 +48,12 @@ def shape_of(stage: str) -> Shape | None:
     return Shape.parse(shape) if kind in ("sae", "others") else None
 
 
+def with_shape(stage: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A row with the shape that its stage's name has, where it has none itself."""
+    shape = shape_of(stage)
+    return entry if shape is None or "shape" in entry else {**entry, "shape": str(shape)}
+
+
 def expectation(result: dict[str, Any], stage: str, entry: dict[str, Any]) -> str:
     """ "  predicted 46.2 ms, 70 %" beside a measurement that has a model."""
     device, shape = device_of(result), shape_of(stage)

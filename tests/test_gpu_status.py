@@ -1,0 +1,106 @@
+"""What stands behind every GPU kernel: benches/status.py and the table of compiled kernels."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
+
+from benches import kernels, status  # noqa: E402
+
+
+def test_the_committed_kernel_table_has_every_configuration() -> None:
+    pytest.importorskip("triton")
+    from refusal_kernels.triton_kernels.registry import configurations
+
+    written = kernels.TABLE.read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([^`]+)` \|", written[written.index("## Triton") :], flags=re.MULTILINE)
+    labels = {configuration.label for configuration in configurations()}
+    missing = "compile it again: python -m benches kernels"
+    assert {label for label in listed if ".cu: " not in label} == labels, missing
+    assert {label.split(":")[0] for label in listed if ".cu: " in label} == {
+        path.name for path in (ROOT / "csrc/cuda").glob("*.cu")
+    }, missing
+    assert "stack" not in written[written.index("## Triton") :]
+    assert set(kernels.IN_A_STEP) <= labels
+
+
+def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: Path) -> None:
+    known = ("decode", "adam.row", "projected_adam.update", "sae_adam.step")
+
+    def run(date: str, own: str, stages: dict[str, Any]) -> dict[str, Any]:
+        return {"machine": {"gpu": "GPU"}, "date": date, "kernels": dict.fromkeys(known, own), "stages": stages}
+
+    values = {"values": {"status": "ok", "result": {"passed": 9}}}
+    failed = {"values": {"status": "failed: exit 1", "result": {"passed": 9, "failed": 1}}}
+    measured = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "ms": 1.0}]}}
+    broken = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "error": "OutOfMemory"}]}}
+    assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", values)]) == "run on GPU, 2026-01-02"
+    assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", measured)]) == "run on GPU, 2026-01-02"
+    assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", measured)]) == "not yet run on a GPU"
+    optimizer = {"projection": {"status": "ok", "result": [{"name": "optimizer, ours", "ms": 1.0}]}}
+    assert status.ran("projected_adam.update", run("2026-01-02", "a", optimizer))
+    fused = {"others 1,1,1,1": {"status": "ok", "result": [{"name": "step, cuda, Adam inside", "ms": 1.0}]}}
+    assert not status.ran("adam_latents", run("2026-01-02", "a", fused)), "a kernel that the run did not know"
+    assert not status.ran("sae_adam.step", run("2026-01-02", "a", optimizer))
+    for bad in (failed, broken):
+        assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", bad)]) == "not yet run on a GPU"
+    changed = status.on_a_gpu("decode", "b", [run("2026-01-03", "c", values), run("2026-01-02", "a", values)])
+    assert changed == "not yet run on a GPU in this form; an earlier one on GPU, 2026-01-03"
+    both = [run("2026-01-03", "c", values), run("2026-01-02", "b", values)]
+    assert status.on_a_gpu("decode", "b", both) == "run on GPU, 2026-01-02"
+
+
+def test_the_rows_that_show_a_kernel_are_rows_that_are_measured() -> None:
+    """A row renamed in a benchmark and not here would leave its kernels "not yet run" after a run."""
+    sources = "".join(path.read_text() for path in (ROOT / "benches" / "gpu").glob("*.py"))
+    by_pattern = {"encode, all heads, grouped": 'f"encode, all heads, {path}"', "optimizer, ours": '"optimizer, ours"'}
+    for row in status.GOES_THROUGH:
+        assert by_pattern.get(row, f'"{row}"') in sources, row
+    assert {k for kernels in status.GOES_THROUGH.values() for k in kernels} <= {
+        *status.triton_sources(), *status.cuda_sources(),
+    }  # fmt: skip
+
+
+def test_fingerprints_see_code_and_nothing_else(tmp_path: Path) -> None:
+    for name, code, said, changed in (
+        ("a.py", 'x = "# no"\n', '"""Said."""\n# More.\nx =   "# no"  # and\n', 'x = "# yes"\n'),
+        ("a.cu", "int x = 1;\n", "// Said.\nint  x /* so */ = 1;  // and\n", "int x = 2;\n"),
+    ):
+        prints = []
+        for text in (code, said, changed):
+            (tmp_path / name).write_text(text)
+            prints.append(status.fingerprint((tmp_path / name,)))
+        assert prints[0] == prints[1] != prints[2]
+
+
+def test_every_cuda_kernel_is_found() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    assert len(status.cuda_sources()) == text.count("__global__")
+
+
+def test_the_kernel_table_shows_what_the_compilers_report() -> None:
+    report = """ptxas info    : Compiling entry function '_Z3fooIfLi8EEvv' for 'sm_90a'
+ptxas info    : Function properties for _Z3fooIfLi8EEvv
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem
+"""
+    [kernel] = kernels.ptxas_report("a.cu", report)
+    assert kernel["label"] in ("a.cu: foo<float, 8>", "a.cu: _Z3fooIfLi8EEvv")
+    other = {
+        "label": "b[x]",
+        "capability": 90,
+        "registers": 7,
+        "shared": 512,
+        "stack": 0,
+        "matrix_instruction": "HGMMA",
+    }
+    shown = kernels.text([other], [kernel], "Triton 0")
+    assert "| `b[x]` | – | 7 / 0.5 HGMMA | – |" in shown
+    assert f"| `{kernel['label']}` | – | 40 / 2 **stack 16** | – | – |" in shown
