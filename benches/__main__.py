@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from . import experiment, machine, premises, projection, results, status
-from .gpu import table as gpu_table
+from .gpu import block as gpu_block
 from .plot import draw
 from .shapes import COLUMNS, GROUPS, SHAPES, Shape
 
@@ -154,7 +154,7 @@ def readme() -> None:
         results.update_readme()
         results.update_readme(shown={"projection": projection.block(projection.newest())})
         results.update_readme(shown={"experiment": experiment.block(experiment.committed())})
-        results.update_readme(shown={"gpu": gpu_table.block(gpu_table.newest())})
+        results.update_readme(shown={"gpu": gpu_block.block(gpu_block.gathered())})
         results.update_readme(shown={"premises": premises.block(premises.newest())})
         results.update_readme(shown={"kernels": status.block()})
     except (FileNotFoundError, ValueError) as error:

@@ -152,9 +152,9 @@ def on_a_gpu(kernel: str, own: str, results: list[dict[str, Any]]) -> str:
     return earlier or "not yet run on a GPU"
 
 
-def kept() -> list[dict[str, Any]]:
+def kept(folder: Path = KEPT) -> list[dict[str, Any]]:
     """The committed runs, the newest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in KEPT.glob("*.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     return sorted(found, key=lambda result: result["date"], reverse=True)
 
 

@@ -37,7 +37,7 @@ from benches import (  # noqa: E402
     torch_paths,
 )
 from benches.columns import TOLERANCE, Case, Column  # noqa: E402
-from benches.gpu import table as gpu_table  # noqa: E402
+from benches.gpu import block as gpu_block  # noqa: E402
 from benches.problem import Problem  # noqa: E402
 from benches.shapes import COLUMNS, CROSSOVER_GROUPS, CROSSOVER_SHAPES, GROUPS, SHAPES, Shape  # noqa: E402
 from benches.timers import cuda_event  # noqa: E402
@@ -377,7 +377,7 @@ def test_committed_results_are_complete() -> None:
     [
         ("experiment", lambda: experiment.block(experiment.committed())),
         ("projection", lambda: projection.block(projection.newest())),
-        ("gpu", lambda: gpu_table.block(gpu_table.newest())),
+        ("gpu", lambda: gpu_block.block(gpu_block.gathered())),
         ("premises", lambda: premises.block(premises.newest())),
         ("kernels", lambda: status.block()),
     ],
