@@ -49,6 +49,13 @@ def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: P
     fused = {"others 1,1,1,1": {"status": "ok", "result": [{"name": "step, cuda, Adam inside", "ms": 1.0}]}}
     assert not status.ran("adam_latents", run("2026-01-02", "a", fused)), "a kernel that the run did not know"
     assert not status.ran("sae_adam.step", run("2026-01-02", "a", optimizer))
+    narrow = {"name": "encode, ours", "ms": 1.0, "path": "grouped"}
+    encoded = run("2026-01-02", "a", {"sae 1,1,1,1": {"status": "ok", "result": [narrow]}})
+    encoded["kernels"] |= {"encode.filter": "a", "encode.settle": "a"}
+    assert status.ran("encode.settle", encoded)
+    assert not status.ran("encode.filter", encoded)
+    narrow["fault"] = "0 ms"
+    assert not status.ran("encode.settle", encoded)
     for bad in (failed, broken):
         assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", bad)]) == "not yet run on a GPU"
     changed = status.on_a_gpu("decode", "b", [run("2026-01-03", "c", values), run("2026-01-02", "a", values)])

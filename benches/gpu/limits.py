@@ -6,12 +6,12 @@ Predictions for an H200, written down before measuring (tokens 8192, F 131072), 
     copy                                            4.3 TB/s            4.22, 4.28
     bf16 product                                    790 TFLOP/s         756, 799
     the encoder's chunk product into fp32,          at the rate of      668, 699; 724 at best (2048 x 2048 or 3072),
-    2048 x 4096 x 4096                              a large one         661, 665 at 2048 x 8192: 0.83 to 0.91 of it
+    2048 x 4096 x 4096                              a large one         661, 665 at 2048 x 8192: 0.83 to 0.93 of it
     torch.topk of k = 64                            1.5e11 elements/s   1.38e11, 1.39e11 in bf16
                                                     0.9e11              0.90e11, 0.91e11 in fp32
     gather of random 8 KB rows                      4 TB/s              3.76, 3.77
 
-So a chunk's product loses 9 to 17 % of a large one's rate, which benches/gpu/model.py does not count.
+So a chunk's product loses 7 to 17 % of a large one's rate, which benches/gpu/model.py does not count.
 """
 
 from __future__ import annotations
