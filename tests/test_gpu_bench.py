@@ -209,21 +209,22 @@ def test_what_is_tested_and_aimed_at_comes_first(monkeypatch: pytest.MonkeyPatch
 
 
 def test_sanitizers_see_every_operator_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test in one process of a tool; racecheck the same tests in bf16."""
+    """Each test in one process of memcheck; racecheck has the same tests in bf16."""
     monkeypatch.setattr(stages.shutil, "which", lambda tool, path: tool)
-    names = [stage.name for stage in stages.sanitizers()]
-    everything, *found = collected(
-        ["-m", "gpu and sanitizer", "tests/test_gpu.py"],
-        *([*stage.command][[*stage.command].index("gpu and sanitizer") - 1 :] for stage in stages.sanitizers()),
-    )
-    of = dict(zip(names, found, strict=True))
-    checked = {tool: [t for name in names if name.startswith(tool) for t in of[name]] for tool in ("mem", "race")}
-    assert sorted(checked["mem"]) == sorted(everything)
-    assert len(checked["race"]) == len(set(checked["race"]))
-    functions = [{name.partition("[")[0] for name in tests} for tests in checked.values()]
-    assert functions[0] == functions[1]
-    assert not [name for name in checked["race"] if "dtype0" in name.replace("index_dtype0", "")]
-    assert max(len(of[name]) for name in names if name.startswith("race")) < 6
+    options = {
+        stage.name: [*stage.command][[*stage.command].index("gpu and sanitizer") - 1 :] for stage in stages.sanitizers()
+    }
+    memcheck = {name.removeprefix("memcheck"): given for name, given in options.items() if name.startswith("memcheck")}
+    everything, *found = collected(["-m", "gpu and sanitizer", "tests/test_gpu.py"], *memcheck.values())
+    assert sorted(test for tests in found for test in tests) == sorted(everything)
+    for kind, tests in zip(memcheck, found, strict=True):
+        raced = [test for test in tests if "dtype0" not in test and "dtype2" not in test]
+        assert options[f"racecheck{kind}"] == [
+            *memcheck[kind][:-1],
+            memcheck[kind][-1] + " and not dtype0 and not dtype2",
+        ]
+        assert 0 < len(raced) < 6
+        assert {test.partition("[")[0] for test in raced} == {test.partition("[")[0] for test in tests}
     source = (ROOT / "tests/test_gpu.py").read_text()
     small = source.split("@pytest.mark.sanitizer")[1:]
     reached = "".join(part.partition("\n\n\n")[0] for part in small)
