@@ -101,6 +101,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         ahead.stop()
 
 
+def launched() -> set[str]:
+    """Names, as in the registry, of the Triton kernels that this process has had for a device."""
+    from refusal_kernels.triton_kernels.registry import configurations
+
+    return {
+        configuration.label.partition("[")[0]
+        for configuration in configurations()
+        if any(caches[0] for caches in configuration.kernel.device_caches.values())
+    }
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """On a GPU a line per kernel that ran, which `benches.gpu` keeps: that all tests passed says nothing of others."""
+    if torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        for name in sorted(launched()):
+            terminalreporter.write_line(f"launched {name}")
+
+
 AHEAD = pytest.StashKey[AheadOfTime]()
 
 

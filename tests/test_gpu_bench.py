@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,20 +117,21 @@ def test_a_part_begins_with_what_compiles_longest() -> None:
 
 def test_a_part_runs_and_says_how_every_test_ended(capfd: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, str] = {}
-    status, rest = values.run("triton", "1/3", "sanitizer and not gpu", seen)
+    status, rest = values.run("triton", "1/3", "sanitizer and not gpu", seen, set())
     assert status == 0
     assert seen
     assert set(seen.values()) == {"PASSED"}
     assert f"{len(seen)} passed" in rest
     said = capfd.readouterr().out
-    assert stages.counts(said) == {"passed": len(seen), "failed": 0, "skipped": 0, "error": 0, "names": []}
+    counts = {"passed": len(seen), "failed": 0, "skipped": 0, "error": 0}
+    assert stages.counts(said) == {**counts, "launched": [], "names": []}
 
 
 def test_processes_side_by_side_have_one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, str]] = []
 
     class Ended:
-        stdout, returncode = ["tests/a.py::b PASSED\n"], 0
+        stdout, returncode = ["tests/a.py::b PASSED\n", "launched decode\n"], 0
 
         def __init__(self, command: list[str], env: dict[str, str], **more: Any) -> None:
             given.append(env)
@@ -141,19 +143,39 @@ def test_processes_side_by_side_have_one_thread_each(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(values.subprocess, "Popen", Ended)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert values.run("cuda", "0/1", "gpu", {}) == (0, "")
+    launched = set[str]()
+    assert values.run("cuda", "0/1", "gpu", {}, launched) == (0, "")
+    assert launched == {"decode"}
     assert [environment["OMP_NUM_THREADS"] for environment in given] == ["1"]
     monkeypatch.setattr(stages, "architecture", lambda: "9.0a")
     beside = [stage for stage in stages.stages(quick=False) if stage.slot and stage.name != "build"]
     assert {stage.environment.get("OMP_NUM_THREADS") for stage in beside} == {"1"}
 
 
+def test_kernels_that_ran_are_told_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    import conftest
+    from refusal_kernels.triton_kernels import adam, decode
+
+    monkeypatch.setattr(decode._decode_kernel, "device_caches", {0: ({"a key": "a kernel"}, {})})
+    monkeypatch.setattr(adam._row_kernel, "device_caches", {0: ({}, {})})
+    assert conftest.launched() == {"decode"}
+    lines: list[str] = []
+    reporter = SimpleNamespace(write_line=lines.append)
+    conftest.pytest_terminal_summary(reporter)
+    assert lines == []
+    monkeypatch.setattr(conftest.torch.cuda, "is_available", lambda: True)
+    conftest.pytest_terminal_summary(reporter)
+    assert lines == ["launched decode"]
+
+
 def test_counts_of_a_whole_and_of_a_cut_log() -> None:
-    single = "tests/a.py::one PASSED\ntests/a.py::two[x] FAILED\ntests/a.py::three SKIPPED\n"
-    cut = {"passed": 1, "failed": 1, "skipped": 1, "error": 0, "names": ["tests/a.py::two[x]"]}
+    single = "tests/a.py::one PASSED\ntests/a.py::two[x] FAILED\nlaunched b\nlaunched a\ntests/a.py::three SKIPPED\n"
+    more = {"launched": ["a", "b"], "names": ["tests/a.py::two[x]"]}
+    cut = {"passed": 1, "failed": 1, "skipped": 1, "error": 0, **more}
     assert stages.counts(single) == cut
     assert stages.counts(single + "FAILED tests/a.py::two[x] - assert\n7 passed, 1 failed, 2 skipped in 3 s\n") == {
-        "passed": 7, "failed": 1, "skipped": 2, "error": 0, "names": ["tests/a.py::two[x]"],
+        "passed": 7, "failed": 1, "skipped": 2, "error": 0, **more,
     }  # fmt: skip
 
 

@@ -37,13 +37,17 @@ def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: P
     def run(date: str, own: str, stages: dict[str, Any]) -> dict[str, Any]:
         return {"machine": {"gpu": "GPU"}, "date": date, "kernels": dict.fromkeys(known, own), "stages": stages}
 
-    values = {"values": {"status": "ok", "result": {"passed": 9}}}
+    values = {"values": {"status": "ok", "result": {"passed": 9, "launched": ["decode"]}}}
     failed = {"values": {"status": "failed: exit 1", "result": {"passed": 9, "failed": 1}}}
     measured = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "ms": 1.0}]}}
     broken = {"sae 1,1,1,1": {"status": "ok", "result": [{"name": "decode + residual, ours", "error": "OutOfMemory"}]}}
     assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", values)]) == "run on GPU, 2026-01-02"
     assert status.on_a_gpu("decode", "a", [run("2026-01-02", "a", measured)]) == "run on GPU, 2026-01-02"
     assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", measured)]) == "not yet run on a GPU"
+    assert status.on_a_gpu("adam.row", "a", [run("2026-01-02", "a", values)]) == "not yet run on a GPU"  # not launched
+    of_cuda = run("2026-01-02", "a", values)
+    of_cuda["kernels"]["filter_rows"] = "a"
+    assert status.on_a_gpu("filter_rows", "a", [of_cuda]) == "run on GPU, 2026-01-02"
     optimizer = {"projection": {"status": "ok", "result": [{"name": "optimizer, ours", "ms": 1.0}]}}
     assert status.ran("projected_adam.update", run("2026-01-02", "a", optimizer))
     fused = {"others 1,1,1,1": {"status": "ok", "result": [{"name": "step, cuda, Adam inside", "ms": 1.0}]}}

@@ -72,7 +72,7 @@ def json_lines(text: str) -> list[dict[str, Any]]:
 
 def counts(text: str) -> dict[str, Any]:
     """Passed, failed, skipped and the names of what failed: of pytest's last line, or of single tests where it was cut
-    off."""
+    off; and which Triton kernels ran."""
     found = dict.fromkeys(("passed", "failed", "skipped", "error"), 0)
     for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text.rstrip().splitlines()[-1]):
         found[word] = int(number)
@@ -81,7 +81,12 @@ def counts(text: str) -> dict[str, Any]:
         for _, word in single:
             found[word.lower()] += 1
     names = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE)
-    return {**found, "names": sorted({*names, *(name for name, word in single if word in ("FAILED", "ERROR"))})}
+    launched = sorted(set(re.findall(r"^launched (\S+)$", text, flags=re.MULTILINE)))
+    return {
+        **found,
+        "launched": launched,
+        "names": sorted({*names, *(name for name, word in single if word in ("FAILED", "ERROR"))}),
+    }
 
 
 def nothing(text: str) -> dict[str, Any]:

@@ -34,8 +34,9 @@ NO_TESTS = 5  # pytest's exit status of an empty part
 OUTCOMES = {"PASSED": "passed", "FAILED": "failed", "ERROR": "error", "SKIPPED": "skipped"}
 
 
-def run(kind: str, part: str, expression: str, seen: dict[str, str]) -> tuple[int, str]:
-    """One process: (exit status, everything after the tests' own lines). `seen` takes test -> outcome."""
+def run(kind: str, part: str, expression: str, seen: dict[str, str], launched: set[str]) -> tuple[int, str]:
+    """One process: (exit status, everything after the tests' own lines). `seen` takes test -> outcome, `launched` the
+    Triton kernels that ran."""
     command = [
         *(sys.executable, "-u", "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--color=no"),
         *("-m", expression, "-k", KINDS[kind][0], "--thin", "--part", part, *FILES),
@@ -51,6 +52,8 @@ def run(kind: str, part: str, expression: str, seen: dict[str, str]) -> tuple[in
             if len(words) > 1 and "::" in words[0] and words[1] in OUTCOMES:
                 seen[words[0]] = words[1]
                 print(words[0], words[1], flush=True)
+            elif len(words) == 2 and words[0] == "launched":
+                launched.add(words[1])
             else:
                 rest.append(line)
     return process.returncode, "".join(rest)
@@ -63,12 +66,13 @@ def parts(cores: int) -> list[tuple[str, str]]:
 
 
 def main(expression: str = "gpu") -> int:
-    began, seen = time.monotonic(), dict[str, str]()
+    began, seen, launched = time.monotonic(), dict[str, str](), set[str]()
     processes = parts(os.cpu_count() or 1)
     with ThreadPoolExecutor(len(processes)) as pool:
-        ended = list(pool.map(lambda process: run(*process, expression, seen), processes))
+        ended = list(pool.map(lambda process: run(*process, expression, seen, launched), processes))
     failed = [rest for status, rest in ended if status not in (0, NO_TESTS)]
     print("\n".join(failed))
+    print("\n".join(f"launched {name}" for name in sorted(launched)))
     totals = {name: sum(outcome == word for outcome in seen.values()) for word, name in OUTCOMES.items()}
     print(", ".join(f"{count} {name}" for name, count in totals.items()), f"in {time.monotonic() - began:.0f} s")
     return int(bool(failed))
