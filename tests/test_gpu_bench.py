@@ -152,9 +152,11 @@ def test_processes_side_by_side_have_one_thread_each(monkeypatch: pytest.MonkeyP
     assert {stage.environment.get("OMP_NUM_THREADS") for stage in beside} == {"1"}
 
 
-def test_kernels_that_ran_are_told_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_ran_are_told_where_there_is_a_device(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
     pytest.importorskip("triton")
-    import conftest
+    conftest: Any = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     from refusal_kernels.triton_kernels import adam, decode
 
     monkeypatch.setattr(decode._decode_kernel, "device_caches", {0: ({"a key": "a kernel"}, {})})
