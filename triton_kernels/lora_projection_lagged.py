@@ -22,7 +22,7 @@ Sums are those of two launches with slabs of the same size, in the same order: e
 Memory model. What the threads of a program store is ordered before the barrier, which is ordered before one thread's
 release; the acquire of the thread that sees the count is ordered before a barrier, and that before the loads. In the
 PTX for sm_90 this was read: st.global of the partial sums, bar.sync, atom.acq_rel.gpu, bar.sync, ld.global.cg of the
-partial sums; st.global of c, bar.sync, atom.release.gpu; and in the update a loop of ld.acquire.gpu (what Triton 3.9
+partial sums; st.global of c, bar.sync, red.release.gpu; and in the update a loop of ld.acquire.gpu (what Triton 3.9
 makes of an addition of 0) and bar.sync, then ld.global.cg of c. Nothing was moved over these; in the machine code
 MEMBAR.ALL.GPU stands before a release and CCTL.IVALL, which empties the L1, after an acquire.
 
@@ -152,7 +152,7 @@ def lora_lagged_kernel(
                 at = source + line[:, None] * fibres + fibre[None, :]
                 g = tl.load(at).to(tl.float32) - tl.dot(u, c, input_precision="tf32x3")
                 tl.store(at, g.to(source.dtype.element_ty))
-        # It stood at slabs + 1 when the first update went on and rises by one with each, so whoever finds 2 slabs is the
+        # It stood at slabs + 1 when the first update went on and rises by one with each, so who finds 2 slabs is the
         # last: all others have seen what they waited for and nobody in this launch looks again. The next launch begins
         # when this one has ended. (One that is cut off leaves other numbers, but no context to launch another in.)
         if tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") == 2 * slabs:
