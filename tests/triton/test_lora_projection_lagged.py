@@ -85,11 +85,23 @@ def test_updates_follow_the_coefficients_of_their_block_at_a_distance(slabs, lag
             out += 1
             assert (block, slab) == everything[out - 1]
     # Nor much further: what is in flight has to stay in the L2.
-    for distance in between:
-        assert distance <= lag + max(slabs)
+    assert all(distance <= lag + max(slabs) for distance in between)
+    if between and lag + slabs[0] <= len(everything):
+        assert between[0] == lag
     # Mixed: where coefficients are left, never more than two updates in a row.
     kinds = "".join("u" if update else "c" for update, _, _ in listed).rstrip("u")
     assert "uuu" not in kinds
+
+
+def test_a_large_block_does_not_delay_the_updates_of_all_after_it():
+    out, between = 0, []
+    slabs = [56] + [4] * 100
+    for update, block, _ in lagged.order(slabs, 10):
+        out += not update
+        if update and block > 50:
+            between.append(out - sum(slabs[: block + 1]))
+    assert between[0] == 10
+    assert max(between) <= 10 + 4
 
 
 def test_programs_of_two_for_each_lag_stand_between_a_sum_and_its_first_update():
