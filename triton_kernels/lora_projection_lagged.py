@@ -137,6 +137,11 @@ def lora_lagged_kernel(
             seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         tl.debug_barrier()  # one thread has seen it; the others load after it
         c = tl.load(sums + place, cache_modifier=".cg")
+        # The counter stood at slabs + 1 when the first update came here and rises by one with each: who finds 2 slabs is
+        # the last: all others have seen what they waited for, and nobody in this launch looks again. The next launch
+        # begins when this one has ended. (One that is cut off leaves other numbers, but no context to launch in.)
+        if tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") == 2 * slabs:
+            tl.store(counter, 0)
         if contiguous == 1:
             turned = tl.trans(c)
             for start in tl.range(begin, end, BN, num_stages=STAGES):
@@ -152,11 +157,6 @@ def lora_lagged_kernel(
                 at = source + line[:, None] * fibres + fibre[None, :]
                 g = tl.load(at).to(tl.float32) - tl.dot(u, c, input_precision="tf32x3")
                 tl.store(at, g.to(source.dtype.element_ty))
-        # It stood at slabs + 1 when the first update went on and rises by one with each, so who finds 2 slabs is the
-        # last: all others have seen what they waited for and nobody in this launch looks again. The next launch begins
-        # when this one has ended. (One that is cut off leaves other numbers, but no context to launch another in.)
-        if tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") == 2 * slabs:
-            tl.store(counter, 0)
 
 
 @dataclass(frozen=True)
