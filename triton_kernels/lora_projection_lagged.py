@@ -137,8 +137,8 @@ def lora_lagged_kernel(
             seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
         tl.debug_barrier()  # one thread has seen it; the others load after it
         c = tl.load(sums + place, cache_modifier=".cg")
-        # The counter stood at slabs + 1 when the first update came here and rises by one with each: who finds 2 slabs is
-        # the last: all others have seen what they waited for, and nobody in this launch looks again. The next launch
+        # The counter stood at slabs + 1 when the first update came here and rises by one with each: the last finds 2
+        # slabs. All others have then seen what they waited for, and nobody in this launch looks again. The next launch
         # begins when this one has ended. (One that is cut off leaves other numbers, but no context to launch in.)
         if tl.atomic_add(counter, 1, sem="relaxed", scope="gpu") == 2 * slabs:
             tl.store(counter, 0)

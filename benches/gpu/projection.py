@@ -3,7 +3,9 @@
 The problem and its columns are those of `benches.projection`; here device time by events, our call also replayed from a
 CUDA graph, which leaves out what the host does. Predictions for an H200: 0.15, 0.38, 0.65 ms at r = 8, 64, 128
 (triton_kernels/projection.py). "ours, cuda" is the back-end of that name, one launch a call; predictions in a graph:
-0.14, 0.36, 0.72 ms (csrc/cuda/projection.cu).
+0.14, 0.36, 0.72 ms (csrc/cuda/projection.cu). "ours, one launch" is the Triton back-end's other form, which nothing
+chooses before it is measured: 0.17, 0.48, 0.83 ms in a graph (triton_kernels/lora_projection_lagged.py, where slabs and
+lag are explained, of which other sizes are timed at r = 64).
 
 After them the columns of `benches.projected_adam`, an optimizer's step on the same matrices. Predictions for an H200,
 beside what the host does: fused AdamW 0.27 ms at any r; AdamW, then the projection of the difference, 0.74, 0.97,
@@ -20,11 +22,20 @@ from typing import Any
 import torch
 
 import refusal_kernels as rk
+from refusal_kernels.triton_kernels import lora_projection_lagged as lagged
 
 from .. import projected_adam, projection
 from .clock import attempt, measure
 
 RANKS = (8, 64, 128)
+# Sizes of the one launch beside its own, at r = VARIED: what they change is what it reads from DRAM and how long its
+# programs wait.
+VARIED = 64
+SIZES: dict[str, dict[str, int]] = {
+    "slabs of 128": {"slab": 128},
+    "slabs of 512": {"slab": 512},
+    "lag of 99": {"lag": 99},
+}
 
 
 def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -40,11 +51,28 @@ def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def of_cuda(entries: list[projection.Entry], graph: bool) -> dict[str, Any]:
-    """Our call on the CUDA C++ back-end: checked, then timed as it is or from a graph."""
-    run = rk.ProjectionPlan(entries, backend="cuda").apply_
-    error = projection.check(entries, {"ours": run})
+def checked(
+    entries: list[projection.Entry], graph: bool, backend: str, path: str = lagged.PATHS[0], **sizes: int
+) -> dict[str, Any]:
+    """Our call on a back-end, by a path of the Triton one: checked, then timed as it is or from a graph."""
+    run = rk.ProjectionPlan(entries, backend=backend).apply_
+    with lagged.using(path, **sizes):
+        error = projection.check(entries, {"ours": run})
     return {"error": error, **measure(graph_of(run).replay if graph else run, 20)}
+
+
+def others(rank: int) -> dict[str, dict[str, Any]]:
+    """Column -> arguments of `checked`."""
+    cuda, one = {"backend": "cuda"}, {"backend": "triton", "path": lagged.PATHS[1]}
+    found: dict[str, dict[str, Any]] = {
+        "ours, cuda": {"graph": False, **cuda},
+        "ours, cuda, graph": {"graph": True, **cuda},
+        "ours, one launch": {"graph": False, **one},
+        "ours, one launch, graph": {"graph": True, **one},
+    }
+    if rank == VARIED:
+        found |= {f"ours, one launch, graph, {name}": {"graph": True, **one, **sizes} for name, sizes in SIZES.items()}
+    return found
 
 
 @torch.no_grad()
@@ -73,8 +101,8 @@ def main() -> None:
                 tell({**shared, "name": "ours, graph", **captured})
         for name, run in names.items():
             tell({**shared, "name": name, **attempt(lambda run=run: measure(run, 20))})
-        for name in ("ours, cuda", "ours, cuda, graph"):
-            tell({**shared, "name": name, **attempt(functools.partial(of_cuda, entries, name.endswith("graph")))})
+        for name, arguments in others(rank).items():
+            tell({**shared, "name": name, **attempt(functools.partial(checked, entries, **arguments))})
         with torch.enable_grad():
             made = attempt(lambda e=entries: {"columns": projected_adam.columns(e, "triton")})  # type: ignore[misc]
         steps, off = made.get("columns", ({}, None))

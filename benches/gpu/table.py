@@ -98,7 +98,10 @@ def block(result: dict[str, Any]) -> str:
     lines += profiles(result)
     rows = (result["stages"].get("projection") or {}).get("result") or []
     titles = {"loop": "loop", "addmm": "`addmm_` loop", "ours": "ours", "ours, graph": "ours, CUDA graph"}
-    added = {"ours, cuda": "CUDA C++", "ours, cuda, graph": "CUDA C++, CUDA graph"}  # older runs have none
+    added = {  # older runs have none
+        "ours, one launch": "one launch", "ours, one launch, graph": "one launch, CUDA graph",
+        "ours, cuda": "CUDA C++", "ours, cuda, graph": "CUDA C++, CUDA graph",
+    }  # fmt: skip
     titles |= {name: title for name, title in added.items() if any(row["name"] == name for row in rows)}
     titles["floor"] = "copy of the bytes"
     if rows:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import refusal_kernels as rk
+from benches.gpu import projection as benchmark
+from benches.projection import TOLERANCE
 from refusal_kernels import reference
 from refusal_kernels.triton_kernels import lora_projection, projection
 from refusal_kernels.triton_kernels import lora_projection_lagged as lagged
@@ -220,3 +222,15 @@ def test_a_block_asks_for_it(monkeypatch):
         lagged.using("three"),
     ):
         pass
+
+
+@pytest.mark.parametrize("path", lagged.PATHS)
+def test_the_benchmark_checks_a_path_before_it_times_it(path):
+    tensors, (dims, bases, basis_of, *_) = problem(9)
+    bases = [torch.linalg.qr(u)[0].contiguous() for u in bases]
+    entries = [(t, bases[b], dim) for t, b, dim in zip(tensors, basis_of, dims, strict=True)]
+    arguments = benchmark.others(8)["ours, one launch"]
+    assert arguments["path"] == "one launch"
+    row = benchmark.checked(entries, **{**arguments, "path": path})
+    assert row["error"] <= TOLERANCE
+    assert row["ms"] > 0
