@@ -194,9 +194,13 @@ def test_an_update_waits_until_the_sum_of_all_slabs_is_there():
 
 def test_a_block_asks_for_it(monkeypatch):
     """Nothing takes it by itself; in the block every plan of a fit does, and what does not fit goes its own way."""
-    made = []
-    prepare = lagged.prepare
-    monkeypatch.setattr(lagged, "prepare", lambda *a, **sizes: made.append(sizes) or prepare(*a, **sizes))
+    made, prepare = [], lagged.prepare
+
+    def seen(*arguments, **sizes):
+        made.append(sizes)
+        return prepare(*arguments, **sizes)
+
+    monkeypatch.setattr(lagged, "prepare", seen)
     u = torch.linalg.qr(torch.randn(192, 4))[0].contiguous()
     g, other = torch.randn(192, 16), torch.randn(192, 7)
     expected = rk.project_out(g, u, 0, backend="triton")
