@@ -13,11 +13,11 @@ The last one adds, not every update, because slabs are small: 56 updates that ea
 rows has, would read three times as much as U and G are.
 
 Order. A program takes the next number of a counter, its ticket, and works on that item of the list. In the list all
-coefficients of a block stand before its updates, so whoever waits, waits for lower tickets; those are held by programs
-that have started and wait for nobody. So the launch ends, however many programs run at a time and in whatever order the
-device starts them. Between the last coefficients of a block and its first update stand those of `lag` slabs more, and
-about as many updates: twice `lag` is the number of programs that run at a time, so c is there when its update starts.
-Sums are those of two launches with slabs of the same size, in the same order: every call gives the same bits.
+coefficients of a block stand before its updates, so whoever waits, waits for coefficients of lower tickets, whose
+programs have started and wait for nobody: the launch ends, however many programs run at a time and in whatever order
+the device starts them. Between the last coefficients of a block and its first update stand those of `lag` slabs more,
+and about as many updates: twice `lag` is the number of programs that run at a time, so c is there when its update
+starts. Sums are those of two launches with slabs of the same size, in the same order: every call gives the same bits.
 
 Memory model. What the threads of a program store is ordered before the barrier, which is ordered before one thread's
 release; the acquire of the thread that sees the count is ordered before a barrier, and that before the loads. In the
@@ -28,9 +28,9 @@ MEMBAR.ALL.GPU stands before a release and CCTL.IVALL, which empties the L1, aft
 
 Size of a slab. Between the two visits of a slab, 2 lag others are visited. At r = 64, 256 rows are 64 KB of U and 16 of
 G; three programs on each of 132 SMs make lag 198, so 2 * 198 * 80 KB = 32 MB of an H200's 50 MB of L2. With 512 rows
-it would be 63 MB; with 128, 16 MB, but then what a program takes to begin and to end, some microseconds, is more than
-what it takes to read. r = 16: 512 rows, 26 MB (8: 19 MB); r = 32: 384 rows, 29 MB; r = 128, where registers leave two
-programs on an SM: 256 rows, 2 * 132 * 144 KB = 38 MB.
+it would be 65 MB; with 128, 16 MB, but then what a program takes to begin and to end, 3 to 4 us by estimate, is more
+than what it takes to read. r = 16: 512 rows, 26 MB (8: 19 MB); r = 32: 384 rows, 29 MB; r = 128, where registers leave
+two programs on an SM: 256 rows, 2 * 132 * 144 KB = 39 MB.
 
 Bytes of the 448 LoRA matrices of lora_projection.py at r = 8, 64, 128. DRAM: U and G once, G written, 0.41, 0.91, 1.48
 GB, and partial sums written, 0.01, 0.04, 0.08. L2 to the SMs and back, where a basis counts for every matrix that has
