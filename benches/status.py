@@ -46,6 +46,7 @@ GOES_THROUGH = {
     "encode, all heads, grouped": ("encode.group", "encode.settle"),
     "optimizer, ours": ("projected_adam.coefficients", "projected_adam.update"),
     "ours": ("lora_projection.coefficients", "lora_projection.update", "projection.table"),
+    "ours, one launch": ("lora_projection.lagged",),
     "ours, cuda": ("project_cluster",),
 }
 

@@ -886,3 +886,71 @@ def test_projections_in_a_graph(backend, device):
         g.copy_(torch.randn(16, 300))
         results = [[t.clone() for t in call()] for call in (replay, step)]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# LoRA matrices, and the side of the projection: slabs that are full and part of one, several blocks of fibres.
+LORA = [((4096, 16), 0), ((16, 14336), 1), ((1088, 48), 0), ((32, 1152), 1), ((16, 128), 1)]
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("r", [8, 20, 64, 100])
+def test_projection_in_one_launch(dtype, r):
+    """Triton's other path for LoRA matrices, which nothing chooses yet."""
+    from refusal_kernels.triton_kernels import lora_projection, lora_projection_lagged
+
+    tensors, dims = [torch.randn(shape).to(dtype) for shape, _ in LORA], [dim for _, dim in LORA]
+    bases = [a_basis(t.shape[dim], r, "cpu") for t, dim in zip(tensors, dims, strict=True)]
+    against, against_of = [torch.randn(r)], [-1, 0, 0, -1, -1]
+
+    def projected(prepare: Callable[..., Callable[[], None]]) -> list[Tensor]:
+        inside, moved = ([t.cuda() for t in of] for of in (tensors, bases))
+        run = prepare(inside, dims, moved, list(range(len(LORA))), [against[0].cuda()], against_of, 0.7)
+        run()
+        assert not getattr(run, "counters", torch.zeros(1)).any()
+        return inside
+
+    ours, again, two = map(projected, [lora_projection_lagged.prepare] * 2 + [lora_projection.prepare])
+    for t, dim, u, a, *results in zip(tensors, dims, bases, against_of, ours, again, two, strict=True):
+        exact, own = (
+            reference.project_out(t.to(at, of), dim, u.to(at, wide), 0.7, None if a < 0 else against[0].to(at, wide))
+            for at, of, wide in (("cpu", torch.float64, torch.float64), ("cuda", dtype, torch.float32))
+        )
+        for result in results:
+            close(result, exact, own, 2)
+        assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.gpu
+def test_448_matrices_in_one_launch_by_replays_of_a_graph():
+    """Those of an 8B model: fifty times as many programs as run at a time, which wait for one another in their order or
+    not at all, and leave the counters as they found them."""
+    from refusal_kernels.triton_kernels import lora_projection_lagged
+
+    linears = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096)] * 32
+    shapes = [shape for inputs, outputs in linears for shape in ((16, inputs), (outputs, 16))]
+    dims, sizes = [1, 0] * len(linears), [1024, 4096, 14336]
+    bases = [a_basis(n, 64, "cuda") for n in sizes]
+    tensors = [torch.randn(shape, device="cuda") for shape in shapes]
+    basis_of = [sizes.index(max(shape)) for shape in shapes]
+    one = lora_projection_lagged.prepare(tensors, dims, bases, basis_of, [], [-1] * len(tensors), 1.0)
+
+    def step() -> list[Tensor]:
+        one()
+        return tensors
+
+    replay = captured("cuda", step)
+    for _ in range(2):
+        for t in tensors:
+            t.normal_()
+        before = [t.clone() for t in tensors]
+        one.sums.fill_(math.nan)
+        one.partial.fill_(math.nan)
+        replay()
+        assert not one.counters.any()
+        wrong = []
+        for t, old, dim, b in zip(tensors, before, dims, basis_of, strict=True):
+            u, g = bases[b].double(), old.double()
+            exact = g - (u @ (u.T @ g) if dim == 0 else (g @ u) @ u.T)
+            wrong.append((t - exact).abs().max() / exact.abs().max())
+        assert torch.stack(wrong).max().item() <= 1e-5

@@ -9,6 +9,8 @@ in the kernels that gather rows.
 """
 
 import importlib.util
+import itertools
+import re
 
 import pytest
 
@@ -31,6 +33,7 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
         int8_rounding,
         int8_screen,
         lora_projection,
+        lora_projection_lagged,
         projected_adam,
         projection,
         registry,
@@ -53,7 +56,7 @@ def test_every_configuration_of_every_kernel_was_compiled(compiled):
         name
         for module in (
             encode, encode_csr, grouped_encode, int8_rounding, int8_screen, decode, backward, backward_csr, adam,
-            sae_adam, projection, lora_projection, projected_adam,
+            sae_adam, projection, lora_projection, lora_projection_lagged, projected_adam,
         )
         for name in vars(module)
         if name.endswith("_kernel")
@@ -94,3 +97,27 @@ def test_rows_are_read_16_bytes_at_a_time(compiled):
     gathers = [k for k in compiled if k["label"].startswith(("decode[", "backward.latent[", "backward.rows[", "adam."))]
     assert gathers
     assert [k["label"] for k in gathers if not k["wide_loads"]] == []
+
+
+def test_nothing_passes_the_counts_of_the_lagged_projection():
+    """Its programs hand partial sums and their total to one another; no tool without a GPU sees a load that is moved
+    before the count it waits for, so the order of the PTX's own words is asserted."""
+    from refusal_kernels.triton_kernels import aot, lora_projection_lagged
+
+    [configuration] = [c for c in lora_projection_lagged.configurations() if c.label.endswith("[fp32,64]")]
+    words = {
+        "store": r"st\.global\.v4", "barrier": r"bar\.sync", "load": r"ld\.global\.cg",
+        "count": r"atom\.global\S*\.acq_rel", "release": r"red\.global\S*\.release|atom\.global\S*\.release",
+        "acquire": r"ld\.global\S*\.acquire|atom\.global\S*\.acquire",
+    }  # fmt: skip
+    found = [
+        name
+        for line in aot.build(configuration, 90).asm["ptx"].splitlines()
+        for name, pattern in words.items()
+        if re.search(pattern, line)
+    ]
+    assert found.count("load") == 2 * (lora_projection_lagged.SIZES[64].together + 1)  # 16 bytes each, by 128 threads
+    said = " ".join(name for name, _ in itertools.groupby(found))
+    for order in ("store barrier count barrier load", "store barrier release", "acquire barrier load"):
+        assert order in said
+    assert [said.count(name) for name in ("count", "release", "acquire", "load")] == [1, 1, 1, 2]

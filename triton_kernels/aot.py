@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton import knobs
@@ -52,8 +53,9 @@ def work(capabilities: Sequence[int], match: str = "") -> list[tuple[Configurati
     return [(c, at) for c in found for at in capabilities if at == VARIANT_CAPABILITY or not c.variant]
 
 
-def compile_configuration(configuration: Configuration, capability: int) -> Compiled:
-    """Compiles for compute capability `capability` (80, 90, 100) as the JIT would for 16-byte aligned tensors."""
+def build(configuration: Configuration, capability: int) -> Any:
+    """Triton's compiled kernel for compute capability `capability` (80, 90, 100), as the JIT would have it for 16-byte
+    aligned tensors; nothing can be launched."""
     tiles = configuration.tiles
     names = configuration.kernel.arg_names
     types = {**configuration.signature, **dict.fromkeys(tiles.constexprs, "constexpr")}
@@ -68,7 +70,12 @@ def compile_configuration(configuration: Configuration, capability: int) -> Comp
     absent = {name: None for name in names if signature[name] == ABSENT and name not in tiles.constexprs}
     constants = {**absent, **tiles.constexprs}
     source = ASTSource(configuration.kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_configuration(configuration: Configuration, capability: int) -> Compiled:
+    """What ptxas made of it for compute capability `capability`."""
+    kernel = build(configuration, capability)
     ptx = kernel.asm["ptx"]
     instruction = ""
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from . import (
     int8_rounding,
     int8_screen,
     lora_projection,
+    lora_projection_lagged,
     projected_adam,
     projection,
     sae_adam,
@@ -26,7 +27,7 @@ def configurations() -> Iterator[Configuration]:
     """The configurations of every kernel file."""
     modules = (
         encode, encode_csr, grouped_encode, int8_rounding, int8_screen, decode, backward, backward_csr, adam, sae_adam,
-        projection, lora_projection, projected_adam,
+        projection, lora_projection, lora_projection_lagged, projected_adam,
     )  # fmt: skip
     for module in modules:
         yield from module.configurations()

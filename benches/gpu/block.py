@@ -261,7 +261,9 @@ def profiles(result: dict[str, Any]) -> list[str]:
 # Column of benches.gpu.projection -> its title; those with None are in a table only where a run has them.
 PLAN = {
     "loop": "loop", "addmm": "`addmm_` loop", "ours": "ours", "ours, graph": "ours, CUDA graph",
-    "ours, queue full": "ours, queue full", "ours, cuda": "CUDA C++", "ours, cuda, graph": "CUDA C++, CUDA graph",
+    "ours, queue full": "ours, queue full", "ours, one launch": "one launch",
+    "ours, one launch, graph": "one launch, CUDA graph", "ours, one launch, queue full": "one launch, queue full",
+    "ours, cuda": "CUDA C++", "ours, cuda, graph": "CUDA C++, CUDA graph",
     "ours, cuda, queue full": "CUDA C++, queue full", "floor": "copy of the bytes",
 }  # fmt: skip
 

@@ -3,11 +3,13 @@
 The problem and its columns are those of `benches.projection`; here device time by events. A call finds the device idle,
 so that where the host takes longer than the kernels these times are the host's. Two columns leave it out: "graph", our
 call replayed from a CUDA graph, and "queue full", our call enqueued behind other work, as after a backward pass.
-"ours, cuda" is the back-end of that name, one launch a call. On an H200, milliseconds at r = 8, 64, 128:
+"ours, cuda" is the back-end of that name, one launch a call; "ours, one launch" the Triton back-end's other form, which
+nothing chooses before it is measured; at r = 64 other sizes of it are timed too. On an H200, ms at r = 8, 64, 128:
 
     graph        predicted          measured, 2026-11-27
     ours         0.15 0.38 0.65     0.25 0.50 0.93      (triton_kernels/projection.py)
     ours, cuda   0.14 0.36 0.72     0.28 0.77 1.41      (csrc/cuda/projection.cu)
+    one launch   0.17 0.48 0.83     not yet             (triton_kernels/lora_projection_lagged.py)
 
 After them the columns of `benches.projected_adam`, an optimizer's step on the same matrices; measured called from
 Python, in the faster of two runs of that day. "queue full" has not been measured, and is what the predictions are of:
@@ -27,12 +29,21 @@ from typing import Any
 import torch
 
 import refusal_kernels as rk
+from refusal_kernels.triton_kernels import lora_projection_lagged as lagged
 
 from .. import projected_adam, projection
 from .clock import attempt, behind_other_work, measure
 from .rows import Rows
 
 RANKS = (8, 64, 128)
+# Sizes of the one launch beside its own, at r = VARIED: what they change is what it reads from DRAM and how long its
+# programs wait.
+VARIED = 64
+SIZES: dict[str, dict[str, int]] = {
+    "slabs of 128": {"slab": 128},
+    "slabs of 512": {"slab": 512},
+    "lag of 99": {"lag": 99},
+}
 
 
 def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
@@ -48,13 +59,28 @@ def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def of_cuda(entries: list[projection.Entry], how: str) -> dict[str, Any]:
-    """Our call on the CUDA C++ back-end: checked, then timed as it is, from a graph, or behind other work."""
-    run = rk.ProjectionPlan(entries, backend="cuda").apply_
-    error = projection.check(entries, {"ours": run})
+def checked(
+    entries: list[projection.Entry], how: str, backend: str, path: str = lagged.PATHS[0], **sizes: int
+) -> dict[str, Any]:
+    """Our call on a back-end, by a path of the Triton one: checked, then timed as it is, from a graph or behind other
+    work."""
+    run = rk.ProjectionPlan(entries, backend=backend).apply_
+    with lagged.using(path, **sizes):
+        error = projection.check(entries, {"ours": run})
     if how == "queue full":
         return {"error": error, **behind_other_work(run, 20)}
     return {"error": error, **measure(graph_of(run).replay if how == "graph" else run, 20)}
+
+
+def others(rank: int) -> dict[str, dict[str, Any]]:
+    """Column -> arguments of `checked`."""
+    cuda, one = {"backend": "cuda"}, {"backend": "triton", "path": lagged.PATHS[1]}
+    found: dict[str, dict[str, Any]] = {}
+    for name, arguments in (("ours, cuda", cuda), ("ours, one launch", one)):
+        found |= {name + (how and f", {how}"): {"how": how, **arguments} for how in ("", "graph", "queue full")}
+    if rank == VARIED:
+        found |= {f"ours, one launch, {name}, graph": {"how": "graph", **one, **sizes} for name, sizes in SIZES.items()}
+    return found
 
 
 @torch.no_grad()
@@ -69,13 +95,13 @@ def main() -> None:
         names = projection.columns(entries, "triton")
         shared: dict[str, Any] = {"r": rank, "bytes": projection.least_bytes(entries)}
         ours = names["ours"]
-        checked = attempt(lambda e=entries, run=ours: {"error": projection.check(e, {"ours": run})})  # type: ignore[misc]
+        compared = attempt(lambda e=entries, run=ours: {"error": projection.check(e, {"ours": run})})  # type: ignore[misc]
         captured = attempt(lambda run=ours: {"graph": graph_of(run)})  # type: ignore[misc]
-        if isinstance(checked["error"], str):  # what is wrong is not timed, and costs no other column
-            tell({**shared, "name": "ours", **checked})
+        if isinstance(compared["error"], str):  # what is wrong is not timed, and costs no other column
+            tell({**shared, "name": "ours", **compared})
             del names["ours"]
         else:
-            shared |= checked
+            shared |= compared
             if "graph" in captured:
                 names["ours, graph"] = captured["graph"].replay
             else:
@@ -85,9 +111,8 @@ def main() -> None:
         if "ours" in names:
             queued = attempt(lambda run=ours: behind_other_work(run, 20))  # type: ignore[misc]
             tell({**shared, "name": "ours, queue full", **queued})
-        for name in ("ours, cuda", "ours, cuda, graph", "ours, cuda, queue full"):
-            how = name.removeprefix("ours, cuda").removeprefix(", ")
-            tell({**shared, "name": name, **attempt(functools.partial(of_cuda, entries, how))})
+        for name, arguments in others(rank).items():
+            tell({**shared, "name": name, **attempt(functools.partial(checked, entries, **arguments))})
         with torch.enable_grad():
             made = attempt(lambda e=entries: {"columns": projected_adam.columns(e, "triton")})  # type: ignore[misc]
         steps, off = made.get("columns", ({}, None))

@@ -81,6 +81,9 @@ class TritonBackend(Backend):
         _primitive("adam_compact_rows")(*arguments)
 
     def prepare_projection(self, *arguments: Any) -> Callable[[], None]:
+        lagged = importlib.import_module("refusal_kernels.triton_kernels.lora_projection_lagged")
+        if (run := lagged.prepare_if_chosen(*arguments)) is not None:
+            return run
         module = importlib.import_module("refusal_kernels.triton_kernels.projection")
         return module.prepare_projection(*arguments)
 
