@@ -17,6 +17,7 @@ matrix, F 131072, d 4096: 15 GB, H200): 3.5 ms.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -219,6 +220,7 @@ def _launch(
         kernel[(rows,)](W, low, g, m, v, scale, d, salt, *scalars, **tiles.options())
 
 
+CONSTRAINTS = ((True, True), (True, False), (False, True))  # parallel removal, unit norm
 # What is stored of (weights, moments): fp32 numbers, bf16 moments, weights in halves, both.
 FORMS = {
     "": ("fp32", "fp32"), "bf16 moments": ("fp32", "i16"), "halves": ("i16", "fp32"),
@@ -226,38 +228,49 @@ FORMS = {
 }  # fmt: skip
 
 
+# Form -> (weights, gradient, moments). Numbers of 16 bits throughout; with the fp32 gradient that a fused step of rows
+# wider than its kernel's goes through; and what is stepped as a vector alone, the bf16 bias beside weights in halves.
+_FORMS = {
+    **{form: (weights, "fp32", moments) for form, (weights, moments) in FORMS.items()},
+    **{name: (name, name, name) for name in ("bf16", "fp16")},
+    **{f"{name}, fp32 gradient": (name, "fp32", name) for name in ("bf16", "fp16")},
+    "bf16 beside fp32": ("bf16", "fp32", "fp32"),
+}
+
+
 def configurations() -> Iterator[Configuration]:
-    """Every kernel of this file as it ships, for fp32 parameters and states, and with state in fewer bytes."""
+    """Every kernel of this file as it ships: in every form of parameters and states and with each constraint. A vector
+    of 2^31 numbers and more has a length of 64 bits."""
     names = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
     numbers = dict.fromkeys(names, "fp32")
-    for form, (weights, moments) in FORMS.items():
+    blocks = [(_row_kernel, f"adam.row[{block[0]}", block) for block in _ROW_BLOCKS]
+    blocks += [(_wide_row_kernel, "adam.wide_row[", _WIDE_BLOCK)]
+    for form, (weights, gradient, moments) in _FORMS.items():
         pointers_of = {
             **pointers(weights, "w"),
             **(pointers("i16", "low") if weights == "i16" else {"low_ptr": ABSENT}),
-            **pointers("fp32", "g", "grad_scale"),
+            **pointers(gradient, "g"),
+            **pointers("fp32", "grad_scale"),
             **pointers(moments, "m", "v"),
         }
         said = f"+{form}" if form else ""
-        for kernel, label, block in (
-            *((_row_kernel, f"adam.row[{block[0]}", block) for block in _ROW_BLOCKS),
-            (_wide_row_kernel, "adam.wide_row[", _WIDE_BLOCK),
-        ):
-            for parallel, unit in ((True, True), (True, False), (False, True)):
-                if form and not (parallel and unit):
-                    continue
-                yield Configuration(
-                    kernel,
-                    label + ("+parallel" if parallel else "") + ("+unit" if unit else "") + said + "]",
-                    {**pointers_of, "d": "i32", "salt": "i32", **numbers},
-                    _row_tiles(block, parallel, unit),
-                    ("d",),
-                    variant=bool(form) or not (parallel and unit),
-                )
-        yield Configuration(
-            _flat_kernel,
-            f"adam.flat[{form}]" if form else "adam.flat",
-            {**pointers_of, "n": "i32", "salt": "i32", **numbers},
-            _FLAT,
-            ("n",),
-            variant=bool(form),
-        )
+        rows = {"fp32 gradient": blocks[-2:], "bf16 beside fp32": []}.get(form.partition(", ")[2] or form, blocks)
+        for (kernel, label, block), (parallel, unit) in itertools.product(rows, CONSTRAINTS):
+            yield Configuration(
+                kernel,
+                label + ("+parallel" if parallel else "") + ("+unit" if unit else "") + said + "]",
+                {**pointers_of, "d": "i32", "salt": "i32", **numbers},
+                _row_tiles(block, parallel, unit),
+                ("d",),
+                variant=bool(form) or not (parallel and unit),
+            )
+        for length in ("i32", "i64"):
+            said = ",".join(([form] if form else []) + (["i64"] if length == "i64" else []))
+            yield Configuration(
+                _flat_kernel,
+                f"adam.flat[{said}]" if said else "adam.flat",
+                {**pointers_of, "n": length, "salt": "i32", **numbers},
+                _FLAT,
+                ("n",),
+                variant=bool(said),
+            )

@@ -31,7 +31,7 @@ from torch import Tensor
 from .csc import csc_from_indices
 from .decode import sparse_decode
 from .latents import LATENT_BLOCKS, block_tiles, latent_kernel, launch_gradients
-from .launch import Configuration, Tiles, device_scalar, integers, next_power_of_2, on_device, pointers
+from .launch import ABSENT, Configuration, Tiles, device_scalar, integers, next_power_of_2, on_device, pointers
 from .rows import ROWS_BLOCKS, combine_kernel, combine_tiles, launch_rows, rows_kernel, with_flags
 
 _PARTIAL_BYTES = 64 << 20  # bound on the workspace of hot segments
@@ -235,13 +235,14 @@ def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
     # Form: flags, dtypes of the weights and of the gradients, and the widths at which an operator launches it.
     forms = {
         "+=": (step, name, "fp32", LATENT_BLOCKS),
-        "=": (store, name, "fp32", LATENT_BLOCKS[-2:]),
-        "parts": (store, name, name, LATENT_BLOCKS[:-1]),
+        "=": (store, name, "fp32", LATENT_BLOCKS),
         "decoder": (decoder, name, name, LATENT_BLOCKS),
     }
-    if name != "fp32":
+    if name != "fp32":  # with fp32 rows the parts of hot latents are those of "="
+        forms["parts"] = (store, name, name, LATENT_BLOCKS[:-1])
         forms["parts at fp32 weights"] = (store, "fp32", name, LATENT_BLOCKS[:-1])
     for form, (flags, weights, gradient, blocks) in forms.items():
+        encoder = flags["ENCODER"]
         for block in blocks if order == "i32" else blocks[-1:]:
             main = form == "+=" or (not form.startswith("parts") and block == LATENT_BLOCKS[-2])
             yield Configuration(
@@ -249,10 +250,14 @@ def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
                 f"backward.latent[{name},{order},{block[0]},{form}]",
                 {
                     **_csc_signature(order),
-                    **pointers(name, "e", "x", "values", "dvalues"),
+                    **pointers(name, "e", "values"),
+                    "x_ptr": f"*{name}" if encoder else ABSENT,
+                    "dvalues_ptr": ABSENT if encoder else f"*{name}",
+                    "b_dec_ptr": "*fp32" if encoder else ABSENT,
                     **pointers(weights, "w"),
-                    **pointers("fp32", "b_dec", "scale", "part_dec", "part_enc", "part_db"),
-                    **pointers(gradient, "dw_dec", "dw_enc", "db"),
+                    **pointers("fp32", "scale", "part_dec", "part_enc", "part_db"),
+                    **pointers(gradient, "dw_dec"),
+                    **dict.fromkeys(("dw_enc_ptr", "db_ptr"), f"*{gradient}" if encoder else ABSENT),
                 },
                 block_tiles(block, **flags),
                 ("k", "d"),
@@ -269,28 +274,34 @@ def _rows_configurations(name: str, order: str) -> Iterator[Configuration]:
         "encoder-bias": (name, name, (True, False, True, False), ROWS_BLOCKS),
         "decoder": (name, name, (True, False, False, False), ROWS_BLOCKS),
         "wide decoder +=": (name, "fp32", (True, False, False, True), ROWS_BLOCKS[-1:]),
-        "wide decoder =": (name, "fp32", (True, False, False, False), ROWS_BLOCKS[-1:]),
         "wide encoder +=": ("fp32", "fp32", (True, True, True, True), ROWS_BLOCKS[-1:]),
-        "wide encoder =": ("fp32", "fp32", (True, True, True, False), ROWS_BLOCKS[-1:]),
         "b_enc": (name, name, (False, True, True, False), ROWS_BLOCKS[:1]),
         "b_enc-bias": (name, name, (False, False, True, False), ROWS_BLOCKS[:1]),
+        "csr b_enc": (name, name, (False, True, True, False), ROWS_BLOCKS[:1]),
     }
+    if name != "fp32":  # else these are "decoder" and "encoder"
+        forms["wide decoder ="] = (name, "fp32", (True, False, False, False), ROWS_BLOCKS[-1:])
+        forms["wide encoder ="] = ("fp32", "fp32", (True, True, True, False), ROWS_BLOCKS[-1:])
     for form, (coefficient, out, flags, blocks) in forms.items():
+        rows, has_bias, total, _ = flags
+        csr = form.startswith("csr")
         for block in blocks if order == "i32" else blocks[-1:]:
             yield Configuration(
                 rows_kernel,
-                f"backward.{'rows' if flags[0] else 'sums'}[{name},{order},{block[0]},{form}]",
+                f"backward.{'rows' if rows else 'sums'}[{name},{order},{block[0]},{form}]",
                 {
                     **_csc_signature(order),
-                    **pointers(name, "rows"),
+                    "rows_ptr": f"*{name}" if rows else ABSENT,
                     **pointers(coefficient, "coefficients"),
-                    **pointers(out, "out"),
-                    **pointers("i32", "tokens"),
-                    **pointers("fp32", "b_dec", "scale", "db", "part", "part_db"),
+                    "out_ptr": f"*{out}" if rows else ABSENT,
+                    "tokens_ptr": "*i32" if csr else ABSENT,
+                    "b_dec_ptr": "*fp32" if has_bias else ABSENT,
+                    "db_ptr": "*fp32" if total else ABSENT,
+                    **pointers("fp32", "scale", "part", "part_db"),
                 },
                 with_flags(
                     block,
-                    CSR=form.startswith("csr"),
+                    CSR=csr and rows,
                     **dict(zip(("ROWS", "HAS_BIAS", "SUM", "ACCUMULATE"), flags, strict=True)),
                 ),
                 ("k", "d"),

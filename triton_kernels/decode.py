@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Configuration, Tiles, integers, next_power_of_2, on_device, pointers
+from .launch import ABSENT, Configuration, Tiles, integers, next_power_of_2, on_device, pointers
 
 
 @triton.jit(do_not_specialize=["rows", "n_latents"])
@@ -170,9 +170,9 @@ def decode_residual(
 
 def configurations() -> Iterator[Configuration]:
     """The kernel at every width in every dtype: sparse_decode for either index type, decode_residual for the int64 of
-    topk_encode, sparse_decode_csr for the int64 that every CSR code has here; with and without bias. With heads in the
-    one form that `_of_heads` makes."""
-    forms = [("i64", has_bias, residual) for has_bias in (True, False) for residual in ("+residual", "+csr")]
+    topk_encode and with the bias that a training step has, sparse_decode_csr for the int64 that every CSR code has
+    here; the decodes with and without bias. With heads in the one form that `_of_heads` makes."""
+    forms = [("i64", True, "+residual"), ("i64", True, "+csr"), ("i64", False, "+csr")]
     forms += [(index, has_bias, "") for index in ("i64", "i32") for has_bias in (True, False)]
     forms += [("i64", True, form) for form in ("+heads", "+heads+residual")]
     for name in ("bf16", "fp16", "fp32"):
@@ -187,8 +187,9 @@ def configurations() -> Iterator[Configuration]:
                     {
                         **pointers(name, "values", "w", "x", "out"),
                         **pointers(index, "indices"),
-                        **pointers("i64", "offsets"),
-                        **pointers("fp32", "bias", "sq"),
+                        "offsets_ptr": "*i64" if form == "+csr" else ABSENT,
+                        "bias_ptr": "*fp32" if has_bias else ABSENT,
+                        "sq_ptr": "*fp32" if form.endswith("+residual") else ABSENT,
                         **integers("k", "d", "rows", "n_latents"),
                     },
                     _decode_tiles(block, has_bias, form),

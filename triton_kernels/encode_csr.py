@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode import centring, chunk_shape, chunks, rank_bits
-from .launch import Configuration, Tiles, integers, on_device, pointers
+from .launch import ABSENT, Configuration, Tiles, integers, on_device, pointers
 
 
 @triton.jit
@@ -208,8 +208,12 @@ def _reduce(bits: Tensor, positions: Tensor, filled: int, most: int) -> None:
 
 def configurations() -> Iterator[Configuration]:
     """Both kernels for both operators; pre-activations are fp32 whatever x is."""
-    chunk = {**pointers("fp32", "pre", "bias", "least"), **pointers("i32", "limit", "count")}
     for has_least in (True, False):
+        chunk = {
+            **pointers("fp32", "pre", "bias"),
+            "least_ptr": "*fp32" if has_least else ABSENT,
+            **pointers("i32", "limit", "count"),
+        }
         name = "threshold" if has_least else "batch_topk"
         yield Configuration(
             _count_kernel,

@@ -22,6 +22,7 @@ Measured in a CUDA graph: 0.25, 0.50, 0.94 ms.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -142,6 +143,11 @@ def lora_tiles(rank: int, padded: int) -> Tiles:
     return Tiles(constexprs, warps, stages)
 
 
+# The widths, and below each a rank whose rows of U begin at 16-byte boundaries and one whose rows do not: these stand
+# for all ranks.
+RANKS = (16, 32, 64, 128, 8, 9, 20, 21, 48, 49, 100, 101)
+
+
 def padded_rank(rank: int) -> int:
     return next(width for width in _TILES if width >= rank)
 
@@ -204,11 +210,11 @@ def prepare(
 
 
 def configurations() -> Iterator[Configuration]:
-    """Both kernels at every width of the basis, in every dtype; and at a rank that is no power of two."""
+    """Both kernels at every width of the basis, in every dtype; and for each at two ranks below it, one whose rows of U
+    begin at 16-byte boundaries and one whose rows do not."""
     addresses = {"table_ptr": "*i64", "items_ptr": "*i64", "partial_ptr": "*fp32"}
-    forms = [(name, rank, rank) for name in ("fp32", "bf16", "fp16") for rank in _TILES]
-    forms += [("fp32", 8, 16), ("fp32", 100, 128)]
-    for name, rank, padded in forms:
+    for name, rank in itertools.product(("fp32", "bf16", "fp16"), RANKS):
+        padded = padded_rank(rank)
         signature = {**addresses, "like_ptr": f"*{name}"}
         tiles, variant = lora_tiles(rank, padded), name == "fp16" or rank != padded
         label = f"{name},{rank}"

@@ -15,9 +15,10 @@ every step, and everything else stays.
 Bytes: 16 read and 12 written per parameter by the first sweep, 8 read and 4 written by the second: 40; and U twice.
 Roofline prediction (448 LoRA matrices of an 8B model, rank 16, 42 M parameters, H200 at 4.3 TB/s): 0.42, 0.66, 0.92 ms
 at r = 8, 64, 128; AdamW alone 0.27 ms. Measured there, called from Python, in the faster of two runs: 2.7, 2.9, 3.3 ms;
-AdamW alone 1.7, 1.7, 1.6; AdamW and then the projection of the difference 2.4, 2.7, 3.1. That is the host, not
-the device: AdamW alone took six times its bytes as well. The step asked several tensor operations of every parameter
-then (a count read, another counted up); now it asks none (tests/triton/test_projected_adam.py), not measured since.
+AdamW alone 1.7, 1.7, 1.6; AdamW and then the projection of the difference 2.4, 2.7, 3.1. Those are the host's times,
+not the device's: AdamW alone took six times its bytes as well. The step asked several tensor operations of every
+parameter then (a count read, another counted up); now it asks none (tests/triton/test_projected_adam.py), not measured
+since.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from .adam import adam_update
 from .launch import Configuration, on_device
-from .lora_projection import ITEM, WIDTH, fits, lora_tiles, padded_rank, rows_of
+from .lora_projection import ITEM, RANKS, WIDTH, fits, lora_tiles, padded_rank, rows_of
 
 FIELDS = 8  # of a descriptor, int64: addresses of p, m, v, d, U; n, fibres, whether the basis spans the last dimension
 
@@ -219,12 +220,12 @@ def _on_device(addresses: list[int], device: torch.device) -> Tensor:
 
 def configurations() -> Iterator[Configuration]:
     """Both kernels at every width of the basis, the widest, which takes the most registers, on every architecture; and
-    at a rank that is no power of two."""
+    at the ranks that stand for all below a width."""
     adam = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2", "decay")
     tables = {"table_ptr": "*i64", "items_ptr": "*i64", "partial_ptr": "*fp32"}
     first = {"table_ptr": "*i64", "gradients_ptr": "*i64", "items_ptr": "*i64", "partial_ptr": "*fp32"}
-    for rank, padded in ((16, 16), (32, 32), (64, 64), (128, 128), (100, 128)):
-        tiles, variant = lora_tiles(rank, padded), rank != 128
+    for rank in RANKS:
+        tiles, variant = lora_tiles(rank, padded_rank(rank)), rank != 128
         yield Configuration(
             adam_coefficients_kernel,
             f"projected_adam.coefficients[{rank}]",

@@ -167,9 +167,12 @@ def update_kernel(
         store_numbers(target, line[:, None] * to_stride + to_at[None, :], g, mask, kind)
 
 
-@triton.jit(do_not_specialize=["v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13",
-                               "v14", "v15"])  # fmt: skip
-def table_kernel(table_ptr, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15):
+@triton.jit(do_not_specialize=[f"v{i}" for i in range(FIELDS)])
+def table_kernel(
+    table_ptr, v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64,
+    v7: tl.int64, v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64, v14: tl.int64,
+    v15: tl.int64,
+):  # fmt: skip
     """A table of one row from arguments: no copy from the host, so a single call can be captured in a CUDA graph."""
     tl.store(table_ptr, v0)
     tl.store(table_ptr + 1, v1)
@@ -192,6 +195,7 @@ def table_kernel(table_ptr, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v1
 # (fibres, columns of U) of a tile -> warps: 16 fibres for LoRA matrices, 64 for wide ones; few columns for small bases.
 _WARPS = {(16, 16): 4, (16, 64): 8, (64, 16): 8, (64, 32): 8}
 _ROWS = 32
+_TABLE = Tiles({}, num_warps=4)
 
 
 def projection_tiles(block: tuple[int, int]) -> Tiles:
@@ -286,7 +290,7 @@ def project_out(g: Tensor, dim: int, basis: Tensor, strength: float, against: Te
     slabs, blocks, size = row[15], triton.cdiv(row[7], width), row[15] * row[6] * width
     with on_device(g):
         table = torch.empty(FIELDS, dtype=torch.int64, device=g.device)
-        table_kernel[(1,)](table, *row)
+        table_kernel[(1,)](table, *row, **_TABLE.options())
         number = torch.arange(blocks * slabs, device=g.device)
         block = number // slabs
         items = torch.stack((torch.zeros_like(number), block, number % slabs, block * size), dim=1)
@@ -343,4 +347,4 @@ def configurations() -> Iterator[Configuration]:
         signature = {**addresses, "sums_ptr": "*fp32", "strength": "fp32"}
         yield Configuration(update_kernel, f"projection.update[{name}]", signature, tiles)
     values = {f"v{i}": "i64" for i in range(FIELDS)}
-    yield Configuration(table_kernel, "projection.table", {"table_ptr": "*i64", **values}, Tiles({}, num_warps=4))
+    yield Configuration(table_kernel, "projection.table", {"table_ptr": "*i64", **values}, _TABLE)

@@ -28,6 +28,7 @@ this pass, 2 bytes a weight, where two casts would read 4 and write 2; they are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adam import FORMS, adam_compact_rows, adam_rows, adam_update
+from .adam import CONSTRAINTS, FORMS, adam_compact_rows, adam_rows, adam_update
 from .backward import sae_backward, segment_length
 from .compact import load_wide, store_copy, store_moments, store_weight, upper_half, words
 from .csc import csc_from_indices
@@ -140,17 +141,20 @@ def _step_kernel(
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
 _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
 # The widest block, by what registers allow: one stage more where 16-bit rows meet fp32 weights and moments without
-# AuxK's rows or copies, one less where weights in halves meet these.
+# AuxK's rows or copies, one less where weights in halves meet these and where entry numbers take 64 bits.
 _MORE, _LESS = (4096, 2, 16, 3), (4096, 2, 16, 1)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
 
-def _block(d: int, mixed: bool, halves: bool, extra: bool, copies: bool) -> tuple[int, int, int, int]:
-    """`mixed`: 16-bit rows beside fp32 weights and moments; `halves`: weights in halves."""
+def _block(d: int, mixed: bool, halves: bool, extra: bool, copies: bool, many: bool) -> tuple[int, int, int, int]:
+    """`mixed`: 16-bit rows beside fp32 weights and moments; `halves`: weights in halves; `many`: entry numbers of 64
+    bits."""
     block = next(b for b in _BLOCKS if b[0] >= d)
-    if block[0] == _MORE[0] and mixed and not extra and not copies:
-        return _MORE
-    return _LESS if block[0] == _LESS[0] and halves and extra else block
+    if block != _BLOCKS[-1]:
+        return block
+    if many or (halves and extra):
+        return _LESS
+    return _MORE if mixed and not extra and not copies else block
 
 
 def sae_backward_adam(
@@ -243,7 +247,14 @@ def sae_backward_adam(
         programs = min(_PROGRAMS, n_latents)
         through = torch.empty(*W_dec.shape[:-2], programs, d, dtype=torch.float32, device=e.device)
         tiles = block_tiles(
-            _block(d, mixed, low_W_enc is not None, extra_rows is not None, copy_W_enc is not None),
+            _block(
+                d,
+                mixed,
+                low_W_enc is not None,
+                extra_rows is not None,
+                copy_W_enc is not None,
+                csc.order.dtype == torch.int64,
+            ),
             HAS_BIAS=b_dec is not None,
             EXTRA=extra_rows is not None,
             PARALLEL=remove_parallel,
@@ -303,52 +314,63 @@ def _adam(
         adam_compact_rows(W, low, g, m, v, *numbers, salt=salt)
 
 
+_HALVES = ("halves", "halves+bf16 moments")
+# (activations, weights, moments, biases, their moments): fp32 throughout, autocast, 16 bits throughout with biases of
+# either kind, state in fewer bytes.
+_STATES = {
+    "fp32,fp32": ("fp32", "fp32", "fp32", "fp32", "fp32"),
+    "bf16,fp32": ("bf16", "fp32", "fp32", "fp32", "fp32"),
+    "fp16,fp32": ("fp16", "fp32", "fp32", "fp32", "fp32"),
+    **{f"{name},{name}": (name,) * 5 for name in ("bf16", "fp16")},
+    **{f"{name},{name} beside fp32": (name, name, name, "fp32", "fp32") for name in ("bf16", "fp16")},
+    **{f"{name},bf16 moments": (name, "fp32", "i16", "fp32", "fp32") for name in ("fp32", "bf16", "fp16")},
+    **{f"bf16,{form}": ("bf16", *FORMS[form], "fp32", "fp32") for form in _HALVES},
+    **{f"bf16,{form},bf16 biases": ("bf16", *FORMS[form], "bf16", "fp32") for form in _HALVES},
+}
+_EVERYWHERE = {("fp32,fp32", True), ("bf16,fp32", False), ("fp16,fp32", False)}  # of these and AuxK: not variants
+
+
 def configurations() -> Iterator[Configuration]:
-    """The kernel at every width, with fp32 states: for bf16 throughout, for fp32 throughout, and for 16-bit activations
-    beside fp32 weights (autocast), without and with copies of these; with and without rows of AuxK. int64 entry numbers
-    (N k >= 2^31) at the widest block. State in fewer bytes beside bf16 activations: bf16 moments, master weights in
-    halves, both."""
-    sums = ("part_dec", "part_enc", "part_db", "extra_enc", "extra_db", "extra_dec", "through")
+    """The kernel at every width in every form of activations and state, with and without rows of AuxK, with each of the
+    decoder's constraints, and where fp32 weights have them with 16-bit copies. int64 entry numbers (N k >= 2^31) at the
+    widest block."""
+    sums = ("part_dec", "part_enc", "part_db", "through")
+    extras = ("extra_enc", "extra_db", "extra_dec")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
-    # (rows, weights, entry numbers, block, AuxK's rows, form of the state, copies)
-    forms = [(name, name, "i32", block, True, "", False) for name in ("bf16", "fp32") for block in _BLOCKS]
-    forms += [("fp32", "fp32", "i32", block, False, "", False) for block in _BLOCKS]
-    forms += [("fp32", "fp32", "i64", _BLOCKS[-1], extra, "", False) for extra in (True, False)]
-    forms += [
-        (name, "fp32", "i32", block, False, "", copies)
-        for name in ("bf16", "fp16") for block in _BLOCKS for copies in (False, True)
-    ]  # fmt: skip
-    forms += [("bf16", "fp32", "i32", block, True, "", copies) for block in _BLOCKS for copies in (False, True)]
-    forms += [
-        ("bf16", FORMS[form][0], "i32", block, extra, form, copies)
-        for form in FORMS if form for block in _BLOCKS for extra in (False, True)
-        for copies in ((False, True) if FORMS[form][0] == "fp32" else (False,))
-    ]  # fmt: skip
-    for name, weights, order, block, extra, form, copies in forms:
+    orders = [("i32", block) for block in _BLOCKS] + [("i64", _BLOCKS[-1])]
+    flags = list(itertools.product((False, True), (*CONSTRAINTS, (False, False))))
+    for (state, types), (order, block), (extra, (parallel, unit)) in itertools.product(_STATES.items(), orders, flags):
+        name, weights, moments, biases, of_biases = types
         halves = weights == "i16"
         low = pointers("i16", "low_enc", "low_dec") if halves else dict.fromkeys(("low_enc_ptr", "low_dec_ptr"), ABSENT)
-        yield Configuration(
-            _step_kernel,
-            f"sae_adam.step[{name},{form or weights},{order},{block[0]}{'+extra' * extra}{'+copies' * copies}]",
-            {
-                **pointers(name, "e", "x", "values"),
-                **pointers(weights, "w_enc", "w_dec"),
-                **low,
-                **pointers(FORMS[form][1], "m_enc", "v_enc", "m_dec", "v_dec"),
-                **(
-                    pointers("i16" if name == "bf16" else name, "copy_enc", "copy_dec")
-                    if copies else dict.fromkeys(("copy_enc_ptr", "copy_dec_ptr"), ABSENT)
+        for copies in (False, True) if weights == "fp32" != name else (False,):
+            said = "+extra" * extra + "+copies" * copies + "-parallel" * (not parallel) + "-unit" * (not unit)
+            yield Configuration(
+                _step_kernel,
+                f"sae_adam.step[{state},{order},{block[0]}{said}]",
+                {
+                    **pointers(name, "e", "x", "values"),
+                    **pointers(weights, "w_enc", "w_dec"),
+                    **low,
+                    **pointers(moments, "m_enc", "v_enc", "m_dec", "v_dec"),
+                    **(
+                        pointers("i16" if name == "bf16" else name, "copy_enc", "copy_dec")
+                        if copies else dict.fromkeys(("copy_enc_ptr", "copy_dec_ptr"), ABSENT)
+                    ),
+                    **pointers("fp32", "scale", "b_dec", *sums),
+                    **pointers(biases, "b_enc"),
+                    **pointers(of_biases, "m_b", "v_b"),
+                    **pointers("i64", "offsets", "ends"),
+                    **pointers(order, "order"),
+                    "position_ptr": "*i64" if extra else ABSENT,
+                    **(pointers("fp32", *extras) if extra else {f"{name}_ptr": ABSENT for name in extras}),
+                    **integers("k", "d", "n_latents", "programs", "segment", "salt_enc", "salt_dec"),
+                    **dict.fromkeys(scalars, "fp32"),
+                },
+                block_tiles(
+                    _block(block[0], weights == moments == "fp32" != name, halves, extra, copies, order == "i64"),
+                    HAS_BIAS=True, EXTRA=extra, PARALLEL=parallel, UNIT=unit,
                 ),
-                **pointers("fp32", "scale", "b_dec", "b_enc", "m_b", "v_b", *sums),
-                **pointers("i64", "offsets", "ends", "position"),
-                **pointers(order, "order"),
-                **integers("k", "d", "n_latents", "programs", "segment", "salt_enc", "salt_dec"),
-                **dict.fromkeys(scalars, "fp32"),
-            },
-            block_tiles(
-                _block(block[0], weights == "fp32" != name and not form, halves, extra, copies),
-                HAS_BIAS=True, EXTRA=extra, PARALLEL=True, UNIT=True,
-            ),
-            ("k", "d"),
-            variant=bool(form) or copies or order == "i64" or (name == weights) != extra,
-        )  # fmt: skip
+                ("k", "d"),
+                variant=copies or order == "i64" or not (parallel and unit) or (state, extra) not in _EVERYWHERE,
+            )  # fmt: skip
