@@ -280,6 +280,8 @@ def basis(n: int, r: int) -> Tensor:
 
 
 def projections() -> None:
+    from refusal_kernels.triton_kernels import lora_projection_lagged as lagged
+
     for dtype, r, against in itertools.product(DTYPES, RANKS, FLAGS):
         for shape, dim in (((256, 16), 0), ((16, 256), 1), ((256, 100), 0), ((256, 3), 0), ((2, 256, 5), 1)):
             direction = numbers(256) if against else None
@@ -287,6 +289,8 @@ def projections() -> None:
             rk.project_out(g, basis(256, r), dim, only_against=direction, backend="triton")
             plan = rk.ProjectionPlan([(g, basis(256, r), dim)], only_against=[direction], backend="triton")
             plan.apply_()
+            with lagged.using("one launch"):
+                rk.ProjectionPlan([(g, basis(256, r), dim)], only_against=[direction], backend="triton").apply_()
         # Two dtypes, two ranks: the table of mixed plans.
         mixed = [(numbers(256, 16, dtype=t), basis(256, q), 0) for t, q in ((dtype, r), (FP32, 8))]
         rk.ProjectionPlan(mixed, backend="triton").apply_()

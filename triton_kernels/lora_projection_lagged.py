@@ -46,6 +46,7 @@ STATUS: compiled for sm_80/90/100 and interpreted, not run on a GPU.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -58,7 +59,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Configuration, Tiles, on_device
-from .lora_projection import WIDTH, fits, lora_tiles, padded_rank, rows_of
+from .lora_projection import RANKS, WIDTH, fits, lora_tiles, padded_rank, rows_of
 
 FIELDS = 16  # of an item, int64: a line of the L2, so that no load waits for another as with a table of descriptors
 FIRST = 32  # where the counters of blocks begin: that of tickets has a line of the L2 for itself
@@ -306,13 +307,12 @@ def prepare_if_chosen(*arguments: Any) -> Callable[[], None] | None:
 
 
 def configurations() -> Iterator[Configuration]:
-    """The kernel at every width of the basis, in every dtype; and at a rank that is no power of two."""
+    """The kernel as lora_projection.py's are registered."""
     fixed = {
         "items_ptr": "*i64", "partial_ptr": "*fp32", "sums_ptr": "*fp32", "counters_ptr": "*i32", "strength": "fp32"
     }  # fmt: skip
-    forms = [(name, rank, rank) for name in ("fp32", "bf16", "fp16") for rank in SIZES]
-    forms += [("fp32", 8, 16), ("fp32", 100, 128)]
-    for name, rank, padded in forms:
+    for name, rank in itertools.product(("fp32", "bf16", "fp16"), RANKS):
+        padded = padded_rank(rank)
         yield Configuration(
             lora_lagged_kernel,
             f"lora_projection.lagged[{name},{rank}]",
