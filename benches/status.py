@@ -83,15 +83,21 @@ def cuda_sources() -> dict[str, tuple[Path, ...]]:
     found = {}
     for source in sorted(CUDA.glob("*.cu")):
         text = source.read_text(encoding="utf-8")
-        headers, waiting = [source], re.findall(r'#include "([^"]+)"', text)
-        while waiting:
-            path = CUDA / Path(waiting.pop(0)).name
-            if path.exists() and path not in headers:
-                headers.append(path)
-                waiting += re.findall(r'#include "([^"]+)"', path.read_text(encoding="utf-8"))
         for name in re.findall(r"__global__\s+void\s+(?:__\w+__\s*\([^;{]*?\)\s+)*(\w+)\s*\(", text):
-            found[name] = tuple(headers)
+            found[name] = with_headers(source)
     return found
+
+
+def with_headers(source: Path) -> tuple[Path, ...]:
+    """A .cu file and the headers of the folder that it includes, directly or by another."""
+    found, waiting = [source], [source]
+    while waiting:
+        for name in re.findall(r'#include "([^"]+)"', waiting.pop(0).read_text(encoding="utf-8")):
+            path = CUDA / Path(name).name
+            if path.exists() and path not in found:
+                found.append(path)
+                waiting.append(path)
+    return tuple(found)
 
 
 def fingerprint(files: tuple[Path, ...]) -> str:
@@ -100,11 +106,11 @@ def fingerprint(files: tuple[Path, ...]) -> str:
     for path in files:
         text = path.read_text(encoding="utf-8")
         digest.update(path.name.encode())
-        digest.update((_python(text) if path.suffix == ".py" else _c(text)).encode())
+        digest.update((words(text) if path.suffix == ".py" else _c(text)).encode())
     return digest.hexdigest()[:16]
 
 
-def _python(text: str) -> str:
+def words(text: str) -> str:
     """Words of the source, not its syntax tree: that has other nodes in another version of Python."""
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):

@@ -15,20 +15,55 @@ sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the re
 from benches import kernels, status  # noqa: E402
 
 
-def test_the_committed_kernel_table_has_every_configuration() -> None:
+def test_the_committed_kernel_table_is_of_these_kernels() -> None:
+    """Every configuration on every architecture, compiled from what the sources say now, without a stack frame and with
+    the matrix instructions that are meant."""
     pytest.importorskip("triton")
+    from refusal_kernels.triton_kernels.aot import SHARED_LIMIT, expected_instructions
     from refusal_kernels.triton_kernels.registry import configurations
 
     written = kernels.TABLE.read_text(encoding="utf-8")
-    listed = re.findall(r"^\| `([^`]+)` \|", written[written.index("## Triton") :], flags=re.MULTILINE)
-    labels = {configuration.label for configuration in configurations()}
-    missing = "compile it again: python -m benches kernels"
-    assert {label for label in listed if ".cu: " not in label} == labels, missing
-    assert {label.split(":")[0] for label in listed if ".cu: " in label} == {
+    assert kernels.stale(written) == [], "compile it again: python -m benches kernels"
+    cells = kernels.cells(written)
+    of = {configuration.label: configuration for configuration in configurations()}
+    assert {label for label in cells if ".cu: " not in label} == set(of)
+    for label, configuration in of.items():
+        assert len(cells[label]) == len(kernels.TRITON)
+        for capability, cell in zip(kernels.TRITON, cells[label], strict=True):
+            expected = expected_instructions(configuration, capability)
+            match = re.fullmatch(rf"\d+ / ([\d.e+-]+){' ' if expected else ''}{re.escape(expected)}", cell)
+            assert match, f"{label} on sm_{capability}: {cell}, not {expected or 'no matrix instruction'}"
+            assert float(match[1]) * 1024 <= SHARED_LIMIT[capability], f"{label} on sm_{capability}: {cell}"
+    assert {label.split(":")[0] for label in cells if ".cu: " in label} == {
         path.name for path in (ROOT / "csrc/cuda").glob("*.cu")
-    }, missing
-    assert "stack" not in written[written.index("## Triton") :]
-    assert set(kernels.IN_A_STEP) <= labels
+    }
+    assert not any("stack" in cell or "–" in cell for row in cells.values() for cell in row)
+    known = set(of) | {label.partition("<")[0] for label in cells}
+    assert set(kernels.IN_A_STEP) <= known
+
+
+def test_the_kernel_table_knows_a_changed_kernel_and_a_changed_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from refusal_kernels.triton_kernels import adam, compact, registry
+
+    written = kernels.text_of(
+        {name: (own, ["| `k` | 1 / 0 |"]) for name, own in kernels.fingerprints().items()}, "none"
+    )
+    assert kernels.stale(written) == []
+    everything = list(registry.configurations())
+    with monkeypatch.context() as patch:
+        fewer = [c for c in everything if c.label != "adam.flat[halves]"]
+        patch.setattr(registry, "configurations", lambda: iter(fewer))
+        assert kernels.stale(written) == ["Triton: adam.flat"]
+    with monkeypatch.context() as patch:  # what a kernel calls counts as well
+        patch.setattr(adam.adam_update, "_src", adam.adam_update.src.replace("beta1 * m", "beta2 * m"))
+        assert set(kernels.stale(written)) == {
+            "Triton: adam.flat", "Triton: adam.row", "Triton: adam.wide_row", "Triton: sae_adam.step",
+            "Triton: projected_adam.coefficients",
+        }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(compact.store_copy, "_src", compact.store_copy.src + "\n    # said\n")
+        assert kernels.stale(written) == []
 
 
 def test_a_kernel_is_said_to_have_run_only_where_a_kept_run_shows_it(tmp_path: Path) -> None:
@@ -112,6 +147,17 @@ ptxas info    : Used 40 registers, used 1 barriers, 2048 bytes smem
         "stack": 0,
         "matrix_instruction": "HGMMA",
     }
-    shown = kernels.text([other], [kernel], "Triton 0")
-    assert "| `b[x]` | – | 7 / 0.5 HGMMA | – |" in shown
-    assert f"| `{kernel['label']}` | – | 40 / 2 **stack 16** | – | – |" in shown
+    assert kernels.rows_of([other], kernels.TRITON) == ["| `b[x]` | – | 7 / 0.5 HGMMA | – |"]
+    rows = kernels.rows_of([kernel | {"dynamic": 1536}], kernels.CUDA)
+    assert rows == [f"| `{kernel['label']}` | – | 40 / 2 + 1.5 **stack 16** | – | – |"]
+    shown = kernels.text_of({"CUDA C++: a.cu": ("1f", rows)}, "Triton 0")
+    assert kernels.sections(shown) == {"CUDA C++: a.cu": ("1f", rows)}
+    assert kernels.cells(shown) == {kernel["label"]: ["–", "40 / 2 + 1.5 **stack 16**", "–", "–"]}
+
+
+def test_dynamic_shared_memory_is_that_of_a_kernels_shape() -> None:
+    sizes = {"project": [10, 20], "latent_gradients": [1, 2, 3]}
+    assert kernels.dynamic_of("projection.cu: project_update<1>", sizes) == 20
+    assert kernels.dynamic_of("sae_backward.cu: latent_gradients<Float16Row, 2, false, true>", sizes) == 3
+    assert kernels.dynamic_of("sae_backward.cu: latent_combine", sizes) == 0
+    assert kernels.dynamic_of("sae_backward.cu: latent_dots<Float32Row, true>", sizes) == 0

@@ -1,16 +1,19 @@
 """Every Triton kernel × shipped configuration, compiled ahead of time for sm_80, sm_90, sm_100: that needs no GPU.
 
-Every dtype and index type that a public operator launches is among them; those that differ from another configuration
-in a dtype, an index type or a flag only ("variants") are compiled for sm_90 alone, to keep this short.
+Whatever a public operator launches is among them (tests/test_triton_launches.py). Those that differ from another
+configuration in a dtype, an index type or a flag only ("variants") are compiled here for sm_90 alone, to keep this
+short; benches/kernels.md has all of them on all architectures, from the sources as they are (tests/test_gpu_bench.py).
 
 What is asserted: it compiles, no stack bytes (a spill or an indexed local array), shared memory within the
-architecture's limit, the architecture's own matrix instruction where a GEMM runs on tensor cores, and 16-byte reads
-in the kernels that gather rows.
+architecture's limit, the matrix instructions that a product is meant for and none elsewhere, 16-byte reads in the
+kernels that gather rows, and that the committed table says the same.
 """
 
 import importlib.util
 import itertools
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +21,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (Linux only)"
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = (80, 90, 100)
 
 
@@ -74,23 +78,44 @@ def test_registers_and_shared_memory_fit(compiled):
     assert [k for k in compiled if k["shared"] > SHARED_LIMIT[k["capability"]] or k["registers"] > 255] == []
 
 
-def test_gemm_runs_on_tensor_cores(compiled):
-    from refusal_kernels.triton_kernels.aot import INTEGER_INSTRUCTION, MATRIX_INSTRUCTION
+def test_products_run_on_the_instruction_they_are_meant_for(compiled):
+    from refusal_kernels.triton_kernels.aot import PRODUCTS, expected_instructions
     from refusal_kernels.triton_kernels.registry import configurations
 
-    expected = {configuration.label for configuration in configurations() if configuration.tensor_cores}
-    integer = [k for k in compiled if k["label"] == "int8.product"]
-    assert len(integer) == len(CAPABILITIES)
-    assert all(k["matrix_instruction"] == INTEGER_INSTRUCTION[k["capability"]] for k in integer)
-    expected.remove("int8.product")
-    gemms = [k for k in compiled if k["label"] in expected]
-    # encode.gemm in two dtypes; encode.group with two keys and with three, in one and as a variant in another.
-    assert len(gemms) == 2 * len(CAPABILITIES) + 2 * (len(CAPABILITIES) + 1)
-    assert all(k["matrix_instruction"] == MATRIX_INSTRUCTION[k["capability"]] for k in gemms)
-    # fp32 must not: "ieee" keeps all 24 bits, which tf32 tensor cores do not.
-    exact = [k for k in compiled if k["label"] in ("encode.gemm[fp32]", "encode.group[fp32]")]
-    assert len(exact) == 2 * len(CAPABILITIES)
-    assert not any(k["matrix_instruction"] for k in exact)
+    of = {configuration.label: configuration for configuration in configurations()}
+    assert {c.kernel.__name__ for c in of.values() if "tl.dot(" in c.kernel.src} == set(PRODUCTS)
+    assert all(expected_instructions(c, 90) for c in of.values() if c.tensor_cores)
+    found = {(k["label"], k["capability"]): k["matrix_instruction"] for k in compiled}
+    assert {at: name for at, name in found.items() if name != expected_instructions(of[at[0]], at[1])} == {}
+    for label, expected in (
+        ("encode.gemm[bf16]", ["HMMA", "HGMMA", "UTCHMMA"]),
+        ("int8.product", ["IMMA", "IGMMA", "UTCIMMA"]),
+        # U^T of 64 columns and more fills a warpgroup; a LoRA's 16 rows take the instruction of one warp.
+        ("projected_adam.coefficients[128]", ["HMMA", "HGMMA", "UTCHMMA"]),
+        ("lora_projection.coefficients[fp32,16]", ["HMMA", "HMMA", "HMMA"]),
+        ("lora_projection.update[fp32,64]", ["HMMA", "HGMMA+HMMA", "HMMA+UTCHMMA"]),
+        # fp32 must not: "ieee" keeps all 24 bits, which tf32 tensor cores do not.
+        ("encode.gemm[fp32]", ["", "", ""]),
+        ("encode.group[fp32]", ["", "", ""]),
+        ("projection.update[64,32]", ["", "", ""]),
+    ):
+        assert [found[label, capability] for capability in CAPABILITIES] == expected, label
+
+
+def test_the_committed_table_says_what_is_compiled_here(compiled):
+    """It has every configuration on every architecture; here fewer are compiled, and must come out the same."""
+    import triton
+
+    sys.path.insert(0, str(ROOT))  # `benches` is not installed: it runs from the repository root
+    from benches import kernels
+
+    written = kernels.TABLE.read_text(encoding="utf-8")
+    if f" Triton {triton.__version__}," not in written:
+        pytest.skip(f"the table is of another Triton than {triton.__version__}")
+    cells = kernels.cells(written)
+    said = {(k["label"], k["capability"]): cells[k["label"]][kernels.TRITON.index(k["capability"])] for k in compiled}
+    differ = {at: cell for k in compiled if (cell := said[at := (k["label"], k["capability"])]) != kernels.cell(k)}
+    assert differ == {}
 
 
 def test_rows_are_read_16_bytes_at_a_time(compiled):

@@ -8,10 +8,11 @@ A launch is a registered configuration's when these are equal:
 * the kernel, `num_warps`, `num_stages` and FMA contraction;
 * of every run-time argument its type as Triton's own launcher finds it, that is the dtype pointed to, the width of an
   integer, or that it is None;
-* every constexpr, sizes included. Two are registered by class: of a basis that is narrower than its padding (`RANK` <
-  `PADDED`) it counts whether its rows begin at 16-byte boundaries (`RANK` % 4 == 0); and 64-bit entry numbers, which a
-  code of 2^31 entries has, are registered at the widest block of each kernel and form, where the fewest registers are
-  free, and stand for the narrower ones.
+* every constexpr, sizes included. Three things are registered by class. Of a basis that is narrower than its padding
+  (`RANK` < `PADDED`) it counts whether its rows begin at 16-byte boundaries (`RANK` % 4 == 0). 64-bit entry numbers,
+  which a code of 2^31 entries has, and a fused step with one of the decoder's constraints or none are registered at the
+  widest block of each kernel and form, where the fewest registers are free: a narrower one is covered where the same is
+  registered at the widest, and at its own block with 32-bit numbers and both constraints.
 
 Alignment and integers that are 1 do not count: they are numbers, not choices. What is compiled ahead of time is the
 form for 16-byte aligned tensors.
@@ -63,12 +64,16 @@ class Form:
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
         return cls(name, tuple(sorted(types.items())), tuple(sorted(constexprs.items())), options)
 
-    def with_narrow_entries(self) -> Form:
-        """The same with 32-bit entry numbers."""
-        return dataclasses.replace(self, types=tuple((n, "*i32" if n == "order_ptr" else t) for n, t in self.types))
+    def common(self) -> Form:
+        """The same with 32-bit entry numbers, and in a fused step both constraints."""
+        constexprs = dict(self.constexprs)
+        if self.kernel == "sae_adam._step_kernel":
+            constexprs |= {"PARALLEL": True, "UNIT": True}
+        types = tuple((n, "*i32" if n == "order_ptr" else t) for n, t in self.types)
+        return dataclasses.replace(self, types=types, constexprs=tuple(sorted(constexprs.items())))
 
-    def widest(self) -> Form:
-        """The same at any block."""
+    def at_any_block(self) -> Form:
+        """The same without its sizes."""
         sizes = ("BLOCK_D", "UNROLL", "STAGES")
         return dataclasses.replace(self, constexprs=tuple(c for c in self.constexprs if c[0] not in sizes), options=())
 
@@ -349,11 +354,10 @@ def forms() -> dict[Form, str]:
 
 def test_whatever_is_launched_is_registered(forms: dict[Form, str]) -> None:
     known = registered()
-    wide = {form.widest() for form in known}
+    at_some_block = {form.at_any_block() for form in known}
     missing = {}
     for form, case in forms.items():
-        narrow = form.with_narrow_entries()
-        if form not in known and not (form != narrow and narrow in known and form.widest() in wide):
+        if form not in known and not (form.common() in known and form.at_any_block() in at_some_block):
             missing[form] = case
     assert missing == {}
 

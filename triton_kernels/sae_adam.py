@@ -140,19 +140,36 @@ def _step_kernel(
 
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
 _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
-# The widest block, by what registers allow: one stage more where 16-bit rows meet fp32 weights and moments without
-# AuxK's rows or copies, one less where weights in halves meet these and where entry numbers take 64 bits.
+# The widest block, by what registers allow on every architecture: one stage more where 16-bit rows meet fp32 weights
+# and moments without AuxK's rows or copies. One less where weights in halves meet AuxK's rows and where entry numbers
+# take 64 bits; for sm_100, where 16-bit rows meet bf16 moments of fp32 weights and where copies are fp16; for sm_90,
+# where copies are written without a constraint on the decoder.
 _MORE, _LESS = (4096, 2, 16, 3), (4096, 2, 16, 1)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
 
-def _block(d: int, mixed: bool, halves: bool, extra: bool, copies: bool, many: bool) -> tuple[int, int, int, int]:
-    """`mixed`: 16-bit rows beside fp32 weights and moments; `halves`: weights in halves; `many`: entry numbers of 64
-    bits."""
+def _block(
+    d: int,
+    rows: torch.dtype,
+    weights: torch.dtype,
+    moments: torch.dtype,
+    extra: bool,
+    copies: bool,
+    constrained: bool,
+    many: bool,
+) -> tuple[int, int, int, int]:
+    """int16 stands for numbers as words, as in FORMS; `constrained`: by at least one of the decoder's constraints;
+    `many`: entry numbers of 64 bits."""
     block = next(b for b in _BLOCKS if b[0] >= d)
-    if block != _BLOCKS[-1]:
+    if block[0] != _LESS[0]:
         return block
-    if many or (halves and extra):
+    mixed = weights == torch.float32 and rows != torch.float32
+    if (
+        many
+        or (weights == torch.int16 and extra)
+        or (mixed and moments == torch.int16)
+        or (copies and (rows == torch.float16 or not constrained))
+    ):
         return _LESS
     return _MORE if mixed and not extra and not copies else block
 
@@ -243,16 +260,17 @@ def sae_backward_adam(
         if salts is not None:
             moments = [words(moment) for moment in moments]
         weights = [W if low is None else W.view(torch.int16) for W, low in ((W_enc, low_W_enc), (W_dec, low_W_dec))]
-        mixed = W_enc.element_size() - e.element_size() == 2 and m_W_enc.dtype == torch.float32
         programs = min(_PROGRAMS, n_latents)
         through = torch.empty(*W_dec.shape[:-2], programs, d, dtype=torch.float32, device=e.device)
         tiles = block_tiles(
             _block(
                 d,
-                mixed,
-                low_W_enc is not None,
+                e.dtype,
+                weights[0].dtype,
+                moments[0].dtype,
                 extra_rows is not None,
                 copy_W_enc is not None,
+                remove_parallel or unit_norm,
                 csc.order.dtype == torch.int64,
             ),
             HAS_BIAS=b_dec is not None,
@@ -327,19 +345,22 @@ _STATES = {
     **{f"bf16,{form}": ("bf16", *FORMS[form], "fp32", "fp32") for form in _HALVES},
     **{f"bf16,{form},bf16 biases": ("bf16", *FORMS[form], "bf16", "fp32") for form in _HALVES},
 }
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i16": torch.int16}
 _EVERYWHERE = {("fp32,fp32", True), ("bf16,fp32", False), ("fp16,fp32", False)}  # of these and AuxK: not variants
 
 
 def configurations() -> Iterator[Configuration]:
-    """The kernel at every width in every form of activations and state, with and without rows of AuxK, with each of the
-    decoder's constraints, and where fp32 weights have them with 16-bit copies. int64 entry numbers (N k >= 2^31) at the
-    widest block."""
+    """The kernel at every width in every form of activations and state, with and without rows of AuxK, and where fp32
+    weights have them with 16-bit copies; with both of the decoder's constraints. At the widest block, which has the
+    fewest registers left, with each of them and none, and with int64 entry numbers (N k >= 2^31) too."""
     sums = ("part_dec", "part_enc", "part_db", "through")
     extras = ("extra_enc", "extra_db", "extra_dec")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
     orders = [("i32", block) for block in _BLOCKS] + [("i64", _BLOCKS[-1])]
     flags = list(itertools.product((False, True), (*CONSTRAINTS, (False, False))))
     for (state, types), (order, block), (extra, (parallel, unit)) in itertools.product(_STATES.items(), orders, flags):
+        if block != _BLOCKS[-1] and not (parallel and unit):
+            continue
         name, weights, moments, biases, of_biases = types
         halves = weights == "i16"
         low = pointers("i16", "low_enc", "low_dec") if halves else dict.fromkeys(("low_enc_ptr", "low_dec_ptr"), ABSENT)
@@ -368,7 +389,10 @@ def configurations() -> Iterator[Configuration]:
                     **dict.fromkeys(scalars, "fp32"),
                 },
                 block_tiles(
-                    _block(block[0], weights == moments == "fp32" != name, halves, extra, copies, order == "i64"),
+                    _block(
+                        block[0], *(_DTYPES[of] for of in (name, weights, moments)),
+                        extra, copies, parallel or unit, order == "i64",
+                    ),
                     HAS_BIAS=True, EXTRA=extra, PARALLEL=parallel, UNIT=unit,
                 ),
                 ("k", "d"),

@@ -206,15 +206,15 @@ INTEGER_RATE = 1400 / 790  # 8-bit products against 16-bit ones, H200
 LEFT = 2  # products that the 8-bit screen leaves per row, in units of k
 
 
+def settle_ms(s: Shape, at: Device) -> float:
+    """A row of W_enc for every product that the 8-bit screen leaves."""
+    again, held = s.n * LEFT * s.k * s.d * ROW, s.f * s.d * ROW
+    return at.gather(again, min(again, held), 0, held)
+
+
 def screened_ms(s: Shape, at: Device) -> float:
-    """The product in 8 bits, the filter, and a row of W_enc for every product that is computed again."""
-    again = s.n * LEFT * s.k * s.d * ROW
-    held = s.f * s.d * ROW
-    return (
-        product_ms(s, at) / INTEGER_RATE
-        + at.buffered(filter_bytes(s), buffer_of(s)[1])
-        + at.gather(again, min(again, held), 0, held)
-    )
+    """The product in 8 bits, the filter, and what is computed again."""
+    return product_ms(s, at) / INTEGER_RATE + at.buffered(filter_bytes(s), buffer_of(s)[1]) + settle_ms(s, at)
 
 
 PREDICTIONS: dict[str, Callable[[Shape, Device, str], float]] = {

@@ -130,7 +130,7 @@ def test_the_fused_step_moves_far_latents(programs_from: Callable[[int], None]) 
     expected = stepped(w_dec[FAR], e[FAR]), stepped(w_enc[FAR], dv * x[FAR])
     # `through` has a row per program, and this is program FAR of ROWS: the launcher takes 1024.
     through = reserved(ROWS, D)
-    block = sae_adam._block(D, False, False, False, False)
+    block = sae_adam._block(D, torch.float32, torch.float32, torch.float32, False, False, True, False)
     tiles = latents.block_tiles(block, HAS_BIAS=False, EXTRA=False, PARALLEL=False, UNIT=False)
     programs_from(FAR)
     sae_adam._step_kernel[(1,)](
