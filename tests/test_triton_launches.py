@@ -8,11 +8,10 @@ A launch is a registered configuration's when these are equal:
 * the kernel, `num_warps`, `num_stages` and FMA contraction;
 * of every run-time argument its type as Triton's own launcher finds it, that is the dtype pointed to, the width of an
   integer, or that it is None;
-* every constexpr, sizes included. Three things are registered by class. Of a basis that is narrower than its padding
+* every constexpr, sizes included. Two things are registered by class. Of a basis that is narrower than its padding
   (`RANK` < `PADDED`) it counts whether its rows begin at 16-byte boundaries (`RANK` % 4 == 0). 64-bit entry numbers,
-  which a code of 2^31 entries has, and a fused step with one of the decoder's constraints or none are registered at the
-  widest block of each kernel and form, where the fewest registers are free: a narrower one is covered where the same is
-  registered at the widest, and at its own block with 32-bit numbers and both constraints.
+  which a code of 2^31 entries has, are registered at the widest block of each kernel and form: a narrower one is
+  covered where the same is registered at the widest, and at its own block, number of stages aside, with 32-bit numbers.
 
 Alignment and integers that are 1 do not count: they are numbers, not choices. What is compiled ahead of time is the
 form for 16-byte aligned tensors.
@@ -64,18 +63,17 @@ class Form:
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
         return cls(name, tuple(sorted(types.items())), tuple(sorted(constexprs.items())), options)
 
-    def common(self) -> Form:
-        """The same with 32-bit entry numbers, and in a fused step both constraints."""
-        constexprs = dict(self.constexprs)
-        if self.kernel == "sae_adam._step_kernel":
-            constexprs |= {"PARALLEL": True, "UNIT": True}
+    def with_narrow_entries(self) -> Form:
+        """The same with 32-bit entry numbers, in any number of stages."""
         types = tuple((n, "*i32" if n == "order_ptr" else t) for n, t in self.types)
-        return dataclasses.replace(self, types=types, constexprs=tuple(sorted(constexprs.items())))
+        return dataclasses.replace(self._without("STAGES"), types=types)
 
     def at_any_block(self) -> Form:
         """The same without its sizes."""
-        sizes = ("BLOCK_D", "UNROLL", "STAGES")
-        return dataclasses.replace(self, constexprs=tuple(c for c in self.constexprs if c[0] not in sizes), options=())
+        return dataclasses.replace(self._without("BLOCK_D", "UNROLL", "STAGES"), options=())
+
+    def _without(self, *names: str) -> Form:
+        return dataclasses.replace(self, constexprs=tuple(c for c in self.constexprs if c[0] not in names))
 
 
 @functools.cache
@@ -354,10 +352,13 @@ def forms() -> dict[Form, str]:
 
 def test_whatever_is_launched_is_registered(forms: dict[Form, str]) -> None:
     known = registered()
-    at_some_block = {form.at_any_block() for form in known}
+    narrow, anywhere = ({getattr(form, how)() for form in known} for how in ("with_narrow_entries", "at_any_block"))
     missing = {}
     for form, case in forms.items():
-        if form not in known and not (form.common() in known and form.at_any_block() in at_some_block):
+        many = ("order_ptr", "*i64") in form.types
+        if form not in known and not (
+            many and form.with_narrow_entries() in narrow and form.at_any_block() in anywhere
+        ):
             missing[form] = case
     assert missing == {}
 

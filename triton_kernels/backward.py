@@ -233,7 +233,7 @@ def _latent_configurations(name: str, order: str) -> Iterator[Configuration]:
     store = {**step, "ACCUMULATE": False}
     decoder = {"ENCODER": False, "DVALUES": True, "HAS_BIAS": False, "ACCUMULATE": False}
     # Form: flags, dtypes of the weights and of the gradients, and the widths at which an operator launches it.
-    forms = {
+    forms: dict[str, tuple[dict[str, bool], str, str, tuple[tuple[int, int, int, int], ...]]] = {
         "+=": (step, name, "fp32", LATENT_BLOCKS),
         "=": (store, name, "fp32", LATENT_BLOCKS),
         "decoder": (decoder, name, name, LATENT_BLOCKS),

@@ -140,11 +140,12 @@ def _step_kernel(
 
 # (BLOCK_D, UNROLL, warps, stages): 8 elements of every row per thread; 16 would spill at 2048 and 8192 columns.
 _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (4096, 2, 16, 2))
-# The widest block, by what registers allow on every architecture: one stage more where 16-bit rows meet fp32 weights
-# and moments without AuxK's rows or copies. One less where weights in halves meet AuxK's rows and where entry numbers
-# take 64 bits; for sm_100, where 16-bit rows meet bf16 moments of fp32 weights and where copies are fp16; for sm_90,
-# where copies are written without a constraint on the decoder.
-_MORE, _LESS = (4096, 2, 16, 3), (4096, 2, 16, 1)
+# What registers allow on every architecture. The widest block: one stage more where 16-bit rows meet fp32 weights and
+# moments without AuxK's rows or copies; one less where weights in halves meet AuxK's rows, and for sm_100 where 16-bit
+# rows meet bf16 moments of fp32 weights and where copies are fp16. Narrower ones: one less for state in fewer bytes
+# (ptxas keeps to 128 registers on sm_100 whatever the number of threads). All: one less where entry numbers take 64
+# bits (sm_80) and where copies or halves are written without a constraint on the decoder (sm_90, sm_100).
+_MORE = (4096, 2, 16, 3)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
 
@@ -161,17 +162,16 @@ def _block(
     """int16 stands for numbers as words, as in FORMS; `constrained`: by at least one of the decoder's constraints;
     `many`: entry numbers of 64 bits."""
     block = next(b for b in _BLOCKS if b[0] >= d)
-    if block[0] != _LESS[0]:
-        return block
+    widest = block[0] == _MORE[0]
+    halves, narrow_moments = weights == torch.int16, moments == torch.int16
     mixed = weights == torch.float32 and rows != torch.float32
-    if (
-        many
-        or (weights == torch.int16 and extra)
-        or (mixed and moments == torch.int16)
-        or (copies and (rows == torch.float16 or not constrained))
-    ):
-        return _LESS
-    return _MORE if mixed and not extra and not copies else block
+    if widest:
+        one_less = (halves and extra) or (mixed and narrow_moments) or (copies and rows == torch.float16)
+    else:
+        one_less = halves or narrow_moments
+    if many or one_less or (not constrained and (copies or halves)):
+        return (*block[:3], 1)
+    return _MORE if widest and mixed and not extra and not copies else block
 
 
 def sae_backward_adam(
@@ -350,17 +350,15 @@ _EVERYWHERE = {("fp32,fp32", True), ("bf16,fp32", False), ("fp16,fp32", False)} 
 
 
 def configurations() -> Iterator[Configuration]:
-    """The kernel at every width in every form of activations and state, with and without rows of AuxK, and where fp32
-    weights have them with 16-bit copies; with both of the decoder's constraints. At the widest block, which has the
-    fewest registers left, with each of them and none, and with int64 entry numbers (N k >= 2^31) too."""
+    """The kernel at every width in every form of activations and state, with and without rows of AuxK, with both of the
+    decoder's constraints, one or none, and where fp32 weights have them with 16-bit copies. int64 entry numbers (N k >=
+    2^31) at the widest block."""
     sums = ("part_dec", "part_enc", "part_db", "through")
     extras = ("extra_enc", "extra_db", "extra_dec")
     scalars = ("step_size", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "root_bc2")
     orders = [("i32", block) for block in _BLOCKS] + [("i64", _BLOCKS[-1])]
     flags = list(itertools.product((False, True), (*CONSTRAINTS, (False, False))))
     for (state, types), (order, block), (extra, (parallel, unit)) in itertools.product(_STATES.items(), orders, flags):
-        if block != _BLOCKS[-1] and not (parallel and unit):
-            continue
         name, weights, moments, biases, of_biases = types
         halves = weights == "i16"
         low = pointers("i16", "low_enc", "low_dec") if halves else dict.fromkeys(("low_enc_ptr", "low_dec_ptr"), ABSENT)
@@ -390,7 +388,7 @@ def configurations() -> Iterator[Configuration]:
                 },
                 block_tiles(
                     _block(
-                        block[0], *(_DTYPES[of] for of in (name, weights, moments)),
+                        block[0], _DTYPES[name], _DTYPES[weights], _DTYPES[moments],
                         extra, copies, parallel or unit, order == "i64",
                     ),
                     HAS_BIAS=True, EXTRA=extra, PARALLEL=parallel, UNIT=unit,
