@@ -307,7 +307,7 @@ def text_of(found: Mapping[str, tuple[str, Sequence[str]]], versions: str) -> st
 
 
 def write(path: Path = TABLE) -> Path:
-    """Compiles what is not current, all of it in half an hour on two cores, and writes the table."""
+    """Compiles what is not current, all of it in half an hour of two cores, and writes the table."""
     import triton
 
     compiler = nvcc()

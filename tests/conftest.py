@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class AheadOfTime:
-    """Every Triton kernel compiled ahead of time, in processes of its own: eight minutes of two cores.
+    """Every Triton kernel compiled ahead of time, in processes of its own: twelve minutes of two cores.
 
     Begun by one process of the lowest priority when a session has tests for it, so that it is nearly done then;
     `result` gives what is left to all cores.

@@ -143,8 +143,9 @@ _BLOCKS = ((128, 4, 1, 2), (512, 2, 2, 2), (1024, 2, 4, 2), (2048, 2, 8, 2), (40
 # What registers allow on every architecture. The widest block: one stage more where 16-bit rows meet fp32 weights and
 # moments without AuxK's rows or copies; one less where weights in halves meet AuxK's rows, and for sm_100 where 16-bit
 # rows meet bf16 moments of fp32 weights and where copies are fp16. Narrower ones: one less for state in fewer bytes
-# (ptxas keeps to 128 registers on sm_100 whatever the number of threads). All: one less where entry numbers take 64
-# bits (sm_80) and where copies or halves are written without a constraint on the decoder (sm_90, sm_100).
+# (ptxas keeps to 128 registers on sm_100 whatever the number of threads), but for halves with AuxK's rows at 1024
+# columns, where it would keep to 96. All: one less where entry numbers take 64 bits (sm_80); and without a constraint
+# on the decoder where copies or halves are written (sm_90, sm_100) or 16-bit rows of 2048 meet fp32 weights (sm_90).
 _MORE = (4096, 2, 16, 3)
 _PROGRAMS = 1024  # a constant, so that the order of the returned sum does not depend on the GPU
 
@@ -165,11 +166,15 @@ def _block(
     widest = block[0] == _MORE[0]
     halves, narrow_moments = weights == torch.int16, moments == torch.int16
     mixed = weights == torch.float32 and rows != torch.float32
+    if block[0] == 1024 and halves and extra and not narrow_moments:
+        return block
     if widest:
         one_less = (halves and extra) or (mixed and narrow_moments) or (copies and rows == torch.float16)
     else:
         one_less = halves or narrow_moments
-    if many or one_less or (not constrained and (copies or halves)):
+    if not constrained:
+        one_less = one_less or copies or halves or (mixed and block[0] == 2048)
+    if many or one_less:
         return (*block[:3], 1)
     return _MORE if widest and mixed and not extra and not copies else block
 
