@@ -43,6 +43,7 @@ PRODUCTS = {
     "update_kernel": ("BN",),
     "lora_coefficients_kernel": ("PADDED",),
     "lora_update_kernel": ("BF", "BN"),
+    "lora_lagged_kernel": ("PADDED", "BF", "BN"),
     "adam_coefficients_kernel": ("PADDED",),
     "adam_update_kernel": ("BF", "BN"),
 }
