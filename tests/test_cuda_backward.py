@@ -69,12 +69,14 @@ def backward(emulated_backward: ctypes.CDLL) -> Backward:
         accumulate: bool = True,
         backwards: bool = False,
         shape: int | None = None,
+        first: int = 0,
     ) -> Gradients:
-        """The gradients added to copies of `into`, NaN in all workspaces; `shape`: which one is expected to run."""
+        """The gradients added to copies of `into`, NaN in all workspaces; `shape`: which one is expected to run;
+        `first`: the row of e and x that the code's row 0 is."""
         *lead, n_latents, d = p.W_dec.shape
         heads = math.prod(lead)
         csc = csc_from_indices(p.indices, n_latents, segment)
-        tokens = (csc.order // p.indices.shape[-1]).to(torch.int32)
+        tokens = (csc.order // p.indices.shape[-1] + first).to(torch.int32)
         values = p.values.reshape(-1)[csc.order]
         segments = csc.segment_latent.numel()
         out = tuple(t.clone() for t in into)
@@ -123,6 +125,19 @@ WIDTHS = [
     (16, 0), (256, 0), (272, 1), (1024, 1), (1040, 2), (2048, 2), (2064, 3), (4096, 3), (4112, 4), (8192, 4),
     (8208, 5), (16384, 5),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("d", [4096, 4099, 16384])  # aligned, not aligned, in chunks
+def test_rows_behind_2_31_elements(backward: Backward, d: int) -> None:
+    """Of e and x only the rows that are read take memory: the rest is address space."""
+    p = problem(torch.bfloat16, 7, d, 5, 2)
+    into = start_of(p)
+    near = backward(p, into, segment=3)
+    first = 2**31 // d + 1
+    far = [torch.empty(first + len(rows), d, dtype=rows.dtype) for rows in (p.e, p.x)]
+    for rows, own in zip(far, (p.e, p.x), strict=True):
+        rows[first:] = own
+    same(near, backward(p._replace(e=far[0], x=far[1]), into, segment=3, first=first))
 
 
 @every_dtype
