@@ -8,7 +8,7 @@ as benches/kernels.md.
 
 A section has the fingerprint of what it was compiled from: the kernel's code with all that it calls, and its
 configurations; or the CUDA source with its headers. What is current is kept, the rest compiled; tests ask that all is
-current (tests/test_gpu_bench.py), and that what they compile themselves comes out the same (tests/test_triton_aot.py).
+current (tests/test_gpu_status.py), and that what they compile themselves comes out the same (tests/test_triton_aot.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Whatever a public operator launches is among them (tests/test_triton_launches.py). Those that differ from another
 configuration in a dtype, an index type or a flag only ("variants") are compiled here for sm_90 alone, to keep this
-short; benches/kernels.md has all of them on all architectures, from the sources as they are (tests/test_gpu_bench.py).
+short; benches/kernels.md has all of them on all architectures, from the sources as they are (tests/test_gpu_status.py).
 
 What is asserted: it compiles, no stack bytes (a spill or an indexed local array), shared memory within the
 architecture's limit, the matrix instructions that a product is meant for and none elsewhere, 16-byte reads in the
