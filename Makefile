@@ -39,7 +39,7 @@ test: $(STAMPS)/package
 GPU_RUN = -m benches.gpu --out gpu-run --keep $(ARGS)
 NEEDS = benches/gpu/needs.py
 gpu:
-	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: there is no CUDA device" >&2; exit 1; }
+	@: $(if $(shell nvidia-smi -L >/dev/null 2>&1 && echo found),,$(error make gpu: there is no CUDA device))
 	@$(PYTHON) $(NEEDS) || $(MAKE) --no-print-directory $(STAMPS)/package
 	@if $(PYTHON) $(NEEDS) 2>/dev/null; then exec $(PYTHON) $(GPU_RUN); else exec $(BIN)/python $(GPU_RUN); fi
 

@@ -50,7 +50,7 @@ def test_make_gpu_asks_for_the_device_before_it_builds_anything(tmp_path: Path) 
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0
     assert run.stdout == ""
-    assert run.stderr.splitlines()[0] == "make gpu: there is no CUDA device"
+    assert re.fullmatch(r"Makefile:\d+: \*\*\* make gpu: there is no CUDA device\.  Stop\.\n", run.stdout + run.stderr)
     assert not (tmp_path / "venv").exists()
 
 
