@@ -272,29 +272,28 @@ class ProjectedAdamW(torch.optim.Optimizer):
     def _projected_step(
         self, batch: _Batch, backend: Backend, gradients: list[Tensor], options: dict[str, Any]
     ) -> None:
-        if batch.counts is None:
-            self._take_up(batch)
-        assert batch.counts is not None
+        counts = self._take_up(batch) if batch.counts is None else batch.counts
         if batch.run is None or batch.backend != backend.name:
             batch.run, batch.backend, batch.place = self._prepare(batch, backend), backend.name, _place(batch)
-        batch.counts += 1
+        counts += 1
         o = _options(options)
-        beta1, beta2, t = o["beta1"], o["beta2"], int(batch.counts[0])
+        beta1, beta2, t = o["beta1"], o["beta2"], int(counts[0])
         if not all(map(Tensor.is_contiguous, gradients)):
             gradients = [g.contiguous() for g in gradients]
         with without_autocast(batch.parameters[0].device.type):
             batch.run(gradients, o["lr"], beta1, beta2, o["eps"], 1 - beta1**t, 1 - beta2**t, o["weight_decay"])
         torch.autograd.graph.increment_version(batch.parameters)
 
-    def _take_up(self, batch: _Batch) -> None:
-        """The states of a new batch, made where there are none yet; their counts move into one tensor."""
+    def _take_up(self, batch: _Batch) -> Tensor:
+        """The states of a new batch, made where there are none yet; returns their counts, moved into one tensor."""
         batch.states = [self._state(p, torch.contiguous_format) for p in batch.parameters]
         batch.counts = torch.tensor([float(s["step"]) for s in batch.states], dtype=torch.float32, device="cpu")
-        batch.steps = [batch.counts[i] for i in range(len(batch.states))]
+        batch.steps = list(batch.counts)
         for state, step in zip(batch.states, batch.steps, strict=True):
             state["step"] = step
             for name in MOMENTS:  # those of a torch.optim.AdamW lie as its parameters do
                 state[name] = state[name].contiguous()
+        return batch.counts
 
     def _prepare(self, batch: _Batch, backend: Backend) -> Callable[..., None]:
         moments = [[state[name] for state in batch.states] for name in MOMENTS]
