@@ -119,9 +119,12 @@ def test_the_committed_table_says_what_is_compiled_here(compiled):
 
 
 def test_rows_are_read_16_bytes_at_a_time(compiled):
+    """But for rows of 128 numbers of 16 bits throughout, of which a warp's threads have 8 bytes each."""
     gathers = [k for k in compiled if k["label"].startswith(("decode[", "backward.latent[", "backward.rows[", "adam."))]
-    assert gathers
-    assert [k["label"] for k in gathers if not k["wide_loads"]] == []
+    short = re.compile(r"adam\.row\[128\S*\+(bf16|fp16)\]")
+    assert {k["label"] for k in gathers if not k["wide_loads"]} == {
+        k["label"] for k in gathers if short.fullmatch(k["label"])
+    }
 
 
 def test_nothing_passes_the_counts_of_the_lagged_projection():

@@ -23,6 +23,7 @@ from refusal_kernels.triton_kernels import (
     int8_rounding,
     int8_screen,
     lora_projection,
+    lora_projection_lagged,
     projected_adam,
     projection,
     sae_adam,
@@ -222,8 +223,11 @@ def test_projections_of_lora_matrices(r):
     for shape, dim in (((128, 16), 0), ((16, 128), 1)):
         g, u = torch.randn(shape), basis(128, r)
         exact = reference.project_out(g, dim, u, 1.0, None)
+        in_one_launch = g.clone()
         projection.project_out_grouped([g], [dim], [u], [0], [], [-1], 1.0)
         torch.testing.assert_close(g, exact, rtol=1e-4, atol=1e-5)
+        lora_projection_lagged.prepare([in_one_launch], [dim], [u], [0], [], [-1], 1.0)()
+        torch.testing.assert_close(in_one_launch, exact, rtol=1e-4, atol=1e-5)
         p, gradient, m, v = adam_state(*shape)
         moved = [torch.zeros(shape), gradient, m.clone(), v.clone()]
         reference.adam_rows(*moved, *NUMBERS, None, False, False)
