@@ -72,15 +72,18 @@ def checked(
     return {"error": error, **measure(graph_of(run).replay if how == "graph" else run, 20)}
 
 
-def others(rank: int) -> dict[str, dict[str, Any]]:
+def three_ways(name: str, **arguments: Any) -> dict[str, dict[str, Any]]:
     """Column -> arguments of `checked`."""
-    cuda, one = {"backend": "cuda"}, {"backend": "triton", "path": lagged.PATHS[1]}
-    found: dict[str, dict[str, Any]] = {}
-    for name, arguments in (("ours, cuda", cuda), ("ours, one launch", one)):
-        found |= {name + (how and f", {how}"): {"how": how, **arguments} for how in ("", "graph", "queue full")}
-    if rank == VARIED:
-        found |= {f"ours, one launch, {name}, graph": {"how": "graph", **one, **sizes} for name, sizes in SIZES.items()}
-    return found
+    return {name + (how and f", {how}"): {"how": how, **arguments} for how in ("", "graph", "queue full")}
+
+
+def in_one_launch(rank: int) -> dict[str, dict[str, Any]]:
+    """The same, of the Triton back-end's other form, in other sizes too at r = VARIED."""
+    one = {"backend": "triton", "path": lagged.PATHS[1]}
+    varied = SIZES if rank == VARIED else {}
+    return three_ways("ours, one launch", **one) | {
+        f"ours, one launch, {name}, graph": {"how": "graph", **one, **sizes} for name, sizes in varied.items()
+    }
 
 
 @torch.no_grad()
@@ -111,7 +114,7 @@ def main() -> None:
         if "ours" in names:
             queued = attempt(lambda run=ours: behind_other_work(run, 20))  # type: ignore[misc]
             tell({**shared, "name": "ours, queue full", **queued})
-        for name, arguments in others(rank).items():
+        for name, arguments in three_ways("ours, cuda", backend="cuda").items():
             tell({**shared, "name": name, **attempt(functools.partial(checked, entries, **arguments))})
         with torch.enable_grad():
             made = attempt(lambda e=entries: {"columns": projected_adam.columns(e, "triton")})  # type: ignore[misc]
@@ -124,6 +127,12 @@ def main() -> None:
             queued = attempt(lambda run=run: behind_other_work(run, 20))  # type: ignore[misc]
             tell({**row, "name": f"{row['name']}, queue full", **queued})
         del entries, names, made, steps
+    for rank in RANKS:  # last: its programs wait for each other, and one that waited forever would end the stage
+        entries = projection.problem(32, rank, "cuda")
+        shared = {"r": rank, "bytes": projection.least_bytes(entries)}
+        for name, arguments in in_one_launch(rank).items():
+            tell({**shared, "name": name, **attempt(functools.partial(checked, entries, **arguments))})
+        del entries
     rows.end()
 
 

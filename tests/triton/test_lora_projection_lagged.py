@@ -232,7 +232,7 @@ def test_the_benchmark_checks_it_before_it_is_timed():
     tensors, (dims, bases, basis_of, *_) = problem(9)
     bases = [torch.linalg.qr(u)[0].contiguous() for u in bases]
     entries = [(t, bases[b], dim) for t, b, dim in zip(tensors, basis_of, dims, strict=True)]
-    arguments = benchmark.others(8)["ours, one launch"]
+    arguments = benchmark.in_one_launch(8)["ours, one launch"]
     assert arguments["path"] == "one launch"
     row = benchmark.checked(entries, **arguments)
     assert row["error"] <= TOLERANCE
