@@ -161,8 +161,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item in kept]
     if part := config.getoption("--part"):
         first, step = map(int, part.split("/"))
-        # First what compiles longest: a kernel of the encoder of many heads takes half a minute. Last what never ran and
-        # whose programs wait for each other: one that waited forever would take its process's other tests along.
+        # First what compiles longest: a kernel of the encoder of many heads takes half a minute. Last what never ran
+        # and whose programs wait for each other: one that waited forever would take its process's other tests along.
         items.sort(key=lambda item: ("one_launch" in item.nodeid, "heads" not in item.nodeid))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
         items[:] = items[first::step]
